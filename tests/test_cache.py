@@ -1,0 +1,394 @@
+"""The laws of storage and eviction, for any window, any number of sinks, any split of a stream and any batch."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Cache, DynamicCache, LlamaConfig, T5Config
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from attention_sinks import SinkCache
+from attention_sinks.cache import SinkLayer
+from attention_sinks.rope import Rotation, derive_rotations
+
+from .models import build_config, build_model, random_ids
+
+CONFIG = build_config("llama", num_hidden_layers=2)
+HEADS, HEAD_DIM = 2, 16
+ROTATION = derive_rotations(CONFIG, [0])[0]
+assert ROTATION is not None
+
+windows = st.integers(1, 12).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, w - 1)))
+streams = st.lists(st.integers(1, 15), min_size=1, max_size=12)
+
+
+def states_of(tokens: list[int], batch_size: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Keys and values that tell which token they belong to: token `t` stands at position `t`, its values are all `t`.
+
+    Before their rotation all keys of a row are equal, so that the keys show the rotation and nothing else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(batch_size, HEADS, 1, HEAD_DIM, generator=generator).to(dtype)
+    assert ROTATION is not None
+    keys = torch.cat([ROTATION.turned(base, token) for token in tokens], dim=2)
+    rows = 1000.0 * torch.arange(batch_size)[:, None, None, None]
+    values = (rows + torch.tensor(tokens)[:, None]).expand(batch_size, HEADS, len(tokens), HEAD_DIM)
+    return keys, values.to(dtype)
+
+
+def feed(cache: SinkCache, tokens: list[int], batch_size: int = 1) -> tuple[Tensor, Tensor]:
+    """One update of every layer; returns what the last one gave."""
+    keys, values = states_of(tokens, batch_size)
+    for layer_idx in range(len(cache)):
+        returned = cache.update(keys, values, layer_idx)
+    return returned
+
+
+def tokens_in(values: Tensor) -> list[int]:
+    """The tokens that values of one row belong to."""
+    return [int(token) for token in values[0, 0, :, 0]]
+
+
+class PlainCache:
+    """The contract in plain Python: a list of the held tokens."""
+
+    def __init__(self, window_length: int, num_sink_tokens: int) -> None:
+        self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
+        self.seen = 0
+        self.held: list[int] = []
+
+    def evict(self, tokens: list[int], length: int) -> list[int]:
+        """The sinks and the last of the other `tokens`, at most `length` in all."""
+        surplus = max(len(tokens) - length, 0)
+        return tokens[: self.num_sink_tokens] + tokens[self.num_sink_tokens + surplus :]
+
+    def update(self, length: int) -> tuple[list[int], list[int]]:
+        """Which tokens the next `length` tokens see, and at which positions."""
+        chunk = list(range(self.seen, self.seen + length))
+        visible = self.evict(self.held, self.window_length - 1) + chunk
+        self.held = self.evict(self.held + chunk, self.window_length)
+        self.seen += length
+        shift = visible[self.num_sink_tokens] - self.num_sink_tokens if len(visible) > self.num_sink_tokens else 0
+        return visible, [token + shift if token < self.num_sink_tokens else token for token in visible]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.seen += tokens_to_remove
+        self.held = [token for token in self.held if token < self.seen]
+
+
+def check_update(cache: SinkCache, plain: PlainCache, length: int, batch_size: int = 1) -> None:
+    """One update of both, which must agree on what is seen, where, and on what was announced to the mask."""
+    announced = [cache.get_mask_sizes(length, layer_idx) for layer_idx in range(len(cache))]
+    new = list(range(plain.seen, plain.seen + length))
+    visible, positions = plain.update(length)
+    keys, values = feed(cache, new, batch_size)
+
+    assert announced == [(len(visible), plain.seen - len(visible))] * len(cache)
+    assert keys.shape[2] == values.shape[2] == len(visible)
+    assert cache.get_seq_length() == plain.seen
+    assert cache.kept_length == len(plain.held)
+
+    order = torch.tensor(tokens_in(values)).argsort()
+    if length > 1:
+        assert order.tolist() == list(range(len(visible))), "a chunk needs its past in order"
+    expected_keys, _ = states_of(positions, batch_size)
+    _, expected_values = states_of(visible, batch_size)
+    assert torch.equal(values[:, :, order], expected_values)
+    torch.testing.assert_close(keys[:, :, order], expected_keys, rtol=0, atol=1e-5)
+
+
+@given(window=windows, stream=streams, batch_size=st.integers(1, 3))
+def test_queries_see_the_sinks_the_recent_tokens_and_the_chunk(
+    window: tuple[int, int], stream: list[int], batch_size: int
+) -> None:
+    cache, plain = SinkCache(CONFIG, *window), PlainCache(*window)
+    for length in stream:
+        check_update(cache, plain, length, batch_size)
+        assert cache.kept_length == min(plain.seen, window[0])
+
+
+@given(window=windows, stream=streams)
+def test_the_first_and_the_last_tokens_are_held_and_nothing_else(window: tuple[int, int], stream: list[int]) -> None:
+    window_length, num_sink_tokens = window
+    cache, seen = SinkCache(CONFIG, window_length, num_sink_tokens), 0
+    for length in stream:
+        feed(cache, list(range(seen, seen + length)))
+        seen += length
+        for layer in cache.layers:
+            assert layer.keys.shape[2] == layer.values.shape[2] == window_length
+        sinks = list(range(seen))[:num_sink_tokens]
+        recent = list(range(seen))[num_sink_tokens:][-(window_length - num_sink_tokens) :]
+        held = tokens_in(cache.layers[0].values)[: min(seen, window_length)]
+        assert sorted(held) == sinks + recent
+        assert held[:num_sink_tokens] == sinks
+
+
+@given(window=windows, stream=streams, repeats=st.integers(1, 3), data=st.data())
+def test_the_split_of_a_stream_does_not_change_what_is_held(
+    window: tuple[int, int], stream: list[int], repeats: int, data: st.DataObject
+) -> None:
+    """The next token sees bitwise the same, whatever chunks came before and however the batch was rearranged."""
+    length = sum(stream)
+    chunked, single = SinkCache(CONFIG, *window), SinkCache(CONFIG, *window)
+    seen = 0
+    for chunk in stream:
+        feed(chunked, list(range(seen, seen + chunk)), batch_size=2)
+        seen += chunk
+    for token in range(length):
+        feed(single, [token], batch_size=2)
+    rows = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=3))
+    for cache in (chunked, single):
+        cache.batch_repeat_interleave(repeats)
+        cache.batch_select_indices(torch.arange(0, 2 * repeats, repeats))
+        cache.reorder_cache(torch.LongTensor(rows))
+    keys, values = (states[rows] for states in states_of([length], batch_size=2))
+    for mine, others in zip(chunked.update(keys, values, 0), single.update(keys, values, 0), strict=True):
+        assert torch.equal(mine, others)
+        assert mine.shape[0] == len(rows)
+
+
+@given(
+    window=windows, stream=streams, back=st.integers(0, 14), after=st.lists(st.integers(1, 5), max_size=6),
+    data=st.data(),
+)  # fmt: skip
+def test_crop_takes_back_exactly_the_last_tokens(
+    window: tuple[int, int], stream: list[int], back: int, after: list[int], data: st.DataObject
+) -> None:
+    num_sink_tokens = window[1]
+    cache, plain = SinkCache(CONFIG, *window), PlainCache(*window)
+    for length in stream:
+        check_update(cache, plain, length)
+    evicted = len(plain.held) < plain.seen
+    if back > (len(plain.held) - num_sink_tokens if evicted else plain.seen):
+        before = copy.deepcopy(cache)
+        with pytest.raises(ValueError, match=rf"`tokens_to_remove` must be at least -?\d+, got -{back}"):
+            cache.crop(-back)
+        assert cache.get_seq_length() == before.get_seq_length()
+    else:
+        plain.crop(-back)
+        if plain.seen > 0 and data.draw(st.booleans()):
+            cache.crop(plain.seen)  # a length, as early transformers 5 calls it
+        else:
+            cache.crop(-back)
+        assert (cache.get_seq_length(), cache.kept_length) == (plain.seen, len(plain.held))
+    for length in after:
+        check_update(cache, plain, length)
+
+
+@given(window=windows, stream=streams)
+def test_copies_and_resets_are_independent(window: tuple[int, int], stream: list[int]) -> None:
+    cache, plain = SinkCache(CONFIG, *window), PlainCache(*window)
+    for length in stream:
+        check_update(cache, plain, length)
+    branch, plain_branch = copy.deepcopy(cache), copy.deepcopy(plain)
+    cache.reset()  # type: ignore[no-untyped-call]
+    assert (cache.get_seq_length(), cache.kept_length, cache.is_initialized) == (0, 0, False)
+    plain = PlainCache(*window)
+    for length in stream:
+        check_update(cache, plain, length, batch_size=2)  # another batch size than before
+        check_update(branch, plain_branch, length)
+
+
+def test_cos_and_sin_of_a_step_are_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    shifts: list[int] = []
+    phase = Rotation.phase
+
+    def counted(self: Rotation, shift: int, dtype: torch.dtype) -> Tensor:
+        shifts.append(shift)
+        return phase(self, shift, dtype)
+
+    monkeypatch.setattr(Rotation, "phase", counted)
+    cache = SinkCache(build_config("llama", num_hidden_layers=6), 8, 2)
+    for start in range(0, 20, 4):
+        feed(cache, [start])
+        feed(cache, [start + 1, start + 2, start + 3])
+    assert shifts == [1, 2, 5, 6, 9, 10]
+
+
+def test_updates_past_the_window_write_in_place() -> None:
+    """Neither decoding nor chunks may replace the buffers, so that memory and addresses stay."""
+    cache = SinkCache(CONFIG, 8, 2)
+    feed(cache, [0])
+    addresses = [(layer.keys.data_ptr(), layer.values.data_ptr(), layer.sinks.data_ptr()) for layer in cache.layers]
+    for token in range(1, 40, 3):
+        feed(cache, [token])
+        feed(cache, [token + 1, token + 2])
+    assert addresses == [(x.keys.data_ptr(), x.values.data_ptr(), x.sinks.data_ptr()) for x in cache.layers]
+    keys, values = feed(cache, [40])
+    assert (keys.data_ptr(), values.data_ptr()) == addresses[-1][:2], "decoding returns the ring itself, not a copy"
+
+
+def test_the_rings_hold_no_more_bytes_than_promised() -> None:
+    window_length, num_sink_tokens = 256, 4
+    cache = SinkCache(CONFIG, window_length, num_sink_tokens)
+    feed(cache, [0])
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values, layer.sinks))
+    assert held <= 2 * len(cache) * HEADS * window_length * HEAD_DIM * 4 * 1.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_of_half_precision_does_not_grow_with_the_age_of_the_stream(dtype: torch.dtype) -> None:
+    """Scores against the exact keys in float64 over 10,000 updates: rotating again and again would add up errors."""
+    window_length, num_sink_tokens, head_dim = 64, 4, 64
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=head_dim, head_dim=head_dim)
+    rotation = derive_rotations(config, [0])[0]
+    assert rotation is not None
+    generator = torch.Generator().manual_seed(0)
+    born = torch.randn(10_000, head_dim, generator=generator, dtype=torch.float64)
+    query = torch.randn(head_dim, generator=generator, dtype=torch.float64)
+    cache = SinkCache(config, window_length, num_sink_tokens)
+    errors = []
+    for token in range(len(born)):
+        key = rotation.turned(born[token], token).to(dtype)[None, None, None]
+        keys, _ = cache.update(key, key, 0)
+        if token % 10 == 9:
+            shift = max(token + 1 - window_length, 0)
+            held = [*range(num_sink_tokens), *range(num_sink_tokens + shift, token + 1)]
+            places = torch.tensor([t + shift if t < num_sink_tokens else t for t in held])
+            exact = torch.stack([rotation.turned(born[t], int(p)) for t, p in zip(held, places, strict=True)])
+            ring = window_length - num_sink_tokens
+            slots = [t if t < num_sink_tokens else num_sink_tokens + (t - num_sink_tokens) % ring for t in held]
+            turned_query = rotation.turned(query, token)
+            scores = keys[0, 0, slots].double() @ turned_query
+            errors.append(float((scores - exact @ turned_query).abs().max()))
+    early, late = errors[:100], errors[-100:]
+    assert sum(late) < 1.2 * sum(early)
+
+
+def test_updates_under_inference_mode_and_outside_of_it_may_alternate() -> None:
+    model = build_model(CONFIG)
+    ids = random_ids(30)
+    plain, mixed = SinkCache(CONFIG, 8, 2), SinkCache(CONFIG, 8, 2)
+    for start in range(0, 30, 3):
+        chunk = ids[:, start : start + 3]
+        with torch.no_grad():
+            expected = model(chunk, past_key_values=plain).logits
+        with torch.inference_mode(mode=start % 2 == 0), torch.no_grad():
+            logits = model(chunk, past_key_values=mixed).logits
+            mixed.reorder_cache(torch.LongTensor([0]))
+        assert torch.equal(logits, expected)
+
+
+def test_under_autograd_new_states_carry_their_gradient_and_the_past_is_a_constant() -> None:
+    model = build_model(CONFIG)
+    ids = random_ids(40)
+    cache, reference = SinkCache(CONFIG, 8, 2), SinkCache(CONFIG, 8, 2)
+    for length, start in ((20, 0), (1, 20), (5, 21), (1, 26)):
+        chunk = ids[:, start : start + length]
+        logits = model(chunk, past_key_values=cache).logits
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(chunk, past_key_values=reference).logits, rtol=0, atol=1e-4)
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        (gradient,) = torch.autograd.grad(logits.square().sum(), weight)
+        assert gradient.norm() > 0
+        assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
+
+
+def test_sliding_layers_wider_than_the_window_become_rings_and_narrower_ones_stay() -> None:
+    config = build_config(
+        "qwen2", num_hidden_layers=2, use_sliding_window=True, sliding_window=32, max_window_layers=1,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    assert [type(layer) for layer in SinkCache(config, 16, 4).layers] == [SinkLayer, SinkLayer]
+    assert [type(layer) for layer in SinkCache(config, 32, 4).layers] == [SinkLayer, DynamicSlidingWindowLayer]
+
+
+def test_a_chunk_that_the_sliding_window_would_cut_off_from_the_sinks_is_refused() -> None:
+    config = build_config("mistral-sliding", num_hidden_layers=1)  # slides over 64 tokens
+    model, cache = build_model(config), SinkCache(config, 16, 4)
+    with torch.no_grad():
+        model(random_ids(100), past_key_values=cache)
+        model(random_ids(49), past_key_values=cache)
+        with pytest.raises(ValueError, match="`query_length` must be at most 49 with 15 tokens in the cache, got 50"):
+            model(random_ids(50), past_key_values=cache)
+    assert cache.get_seq_length() == 149
+
+
+def test_padding_that_nobody_announced_is_refused() -> None:
+    model, cache = build_model(CONFIG), SinkCache(CONFIG, 16, 4)
+    ids, mask = random_ids(10, batch_size=2), torch.ones(2, 10, dtype=torch.long)
+    ids[1, :3], mask[1, :3] = 0, 0
+    with pytest.raises(ValueError, match="does not support padded batches"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5)
+    assert cache.get_seq_length() == 0
+    assert not cache.is_initialized
+    ids[1, :3] = ids[0, 0]
+    model.generate(ids, past_key_values=cache, max_new_tokens=5)  # the same word thrice is no padding
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"window_length": True}, TypeError, "`window_length` must be an int, got True"),
+        ({"window_length": 256.0}, TypeError, "`window_length` must be an int, got 256.0"),
+        ({"window_length": "256"}, TypeError, "`window_length` must be an int, got '256'"),
+        ({"window_length": 0}, ValueError, "`window_length` must be at least 1, got 0"),
+        ({"num_sink_tokens": False}, TypeError, "`num_sink_tokens` must be an int, got False"),
+        ({"num_sink_tokens": 4.0}, TypeError, "`num_sink_tokens` must be an int, got 4.0"),
+        ({"num_sink_tokens": -1}, ValueError, "`num_sink_tokens` must be at least 0, got -1"),
+        ({"num_sink_tokens": 256}, ValueError, "got num_sink_tokens=256 and window_length=256"),
+        ({"config": None}, TypeError, r"`config` must be .* got None.*SinkCache\(model.config, window_length=256"),
+        ({"config": 256}, TypeError, "`config` must be the config of the model, got 256"),
+        ({"config": build_config("mistral-sliding"), "window_length": 64}, ValueError, "sliding window.* with 64"),
+        ({"config": T5Config()}, NotImplementedError, "'t5'.*encoder-decoder"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SinkCache(**{"config": CONFIG, **arguments})
+
+
+def test_the_call_of_older_versions_is_answered_with_the_new_one() -> None:
+    with pytest.raises(TypeError, match=r"SinkCache\(model\.config, window_length=256, num_sink_tokens=4\)"):
+        SinkCache(window_length=256, num_sink_tokens=4)
+
+
+@pytest.mark.parametrize("past", [0, 5, 20])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda k, v: (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), "`key_states` must keep batch size"),
+        (lambda k, v: (k[..., :8], v), "`key_states` must keep batch size, heads and head dimension"),
+        (lambda k, v: (k, v[..., :8]), "`value_states` must keep batch size, heads and head dimension"),
+        (lambda k, v: (k.double(), v.double()), "dtype and device, torch.float32 on cpu, got torch.float64"),
+        (lambda k, v: (k.to("meta"), v.to("meta")), "dtype and device, torch.float32 on cpu, got .* on meta"),
+        (lambda k, v: (k, v[:, :, :1]), "must agree in batch size and number of tokens"),
+    ],
+)
+def test_a_refused_update_changes_nothing(past: int, change: Any, message: str) -> None:
+    cache, untouched = SinkCache(CONFIG, 8, 2), SinkCache(CONFIG, 8, 2)
+    for each in (cache, untouched):
+        if past:
+            feed(each, list(range(past)))
+    if past or "agree" in message:
+        with pytest.raises(ValueError, match=message):
+            cache.update(*change(*states_of([past, past + 1])), 0)
+    for length in (1, 3, 1):
+        start = untouched.get_seq_length()
+        tokens = list(range(start, start + length))
+        for mine, others in zip(feed(cache, tokens), feed(untouched, tokens), strict=True):
+            assert torch.equal(mine, others)
+
+
+def test_every_method_of_the_interface_is_implemented_or_inherited_knowingly() -> None:
+    """What `transformers` may call on a cache or on a layer; a new name here asks for a decision."""
+    inherited = {
+        "activate_past_recording", "batch_size", "early_initialization", "get_conv_state", "get_query_offset",
+        "get_recurrent_state", "has_previous_state", "is_compileable", "is_croppable", "is_dummy", "is_initialized",
+        "is_linear", "is_recording_past", "is_sliding", "max_batch_size", "max_cache_len", "offload", "prefetch",
+        "update_conv_state", "update_indexer", "update_recurrent_state",
+    }  # fmt: skip
+    through_layers = {"batch_repeat_interleave", "batch_select_indices", "get_seq_length", "reorder_cache", "reset"}
+    for interface, ours in ((Cache, SinkCache), (CacheLayerMixin, SinkLayer)):
+        for name, _ in inspect.getmembers(interface):
+            if not name.startswith("_"):
+                known = name in vars(ours) or name in inherited or (ours is SinkCache and name in through_layers)
+                assert known or name == "supports_early_init", f"{interface.__name__}.{name}"
+    assert SinkCache(CONFIG).get_max_length() == SinkCache(CONFIG).get_max_cache_shape() == 256
+    assert not SinkCache(CONFIG).is_compileable
+    assert isinstance(DynamicCache(config=CONFIG), Cache)
