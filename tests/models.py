@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -65,6 +66,9 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "smollm3": (SmolLM3Config, {}),
     "cohere": (CohereConfig, {}),
 }
+
+if transformers.__version__ == "5.4.0":
+    del ARCHITECTURES["olmo2"]  # that version cannot construct its own config beside a current huggingface_hub
 
 
 def build_config(architecture: str, **changes: Any) -> PreTrainedConfig:

@@ -195,6 +195,7 @@ def test_copies_and_resets_are_independent(window: tuple[int, int], stream: list
 
 
 def test_cos_and_sin_of_a_step_are_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SinkCache(build_config("llama", num_hidden_layers=6), 8, 2)
     shifts: list[int] = []
     phase = Rotation.phase
 
@@ -202,11 +203,11 @@ def test_cos_and_sin_of_a_step_are_computed_once_for_all_layers(monkeypatch: pyt
         shifts.append(shift)
         return phase(self, shift, dtype)
 
+    states = [states_of([0]), states_of([0, 1, 2])]
     monkeypatch.setattr(Rotation, "phase", counted)
-    cache = SinkCache(build_config("llama", num_hidden_layers=6), 8, 2)
-    for start in range(0, 20, 4):
-        feed(cache, [start])
-        feed(cache, [start + 1, start + 2, start + 3])
+    for keys, values in states * 5:
+        for layer_idx in range(len(cache)):
+            cache.update(keys, values, layer_idx)
     assert shifts == [1, 2, 5, 6, 9, 10]
 
 

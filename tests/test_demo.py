@@ -30,7 +30,7 @@ def test_a_missing_model_gives_one_line_that_says_what_to_install(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "no-such-folder-here"), "no-such-folder-here"),
+        (("--model", "no-such-folder-here"), "attention_sinks: "),
         (("--window-length", "x"), "invalid int value"),
         (("--dtype", "int8"), "invalid choice"),
     ],
