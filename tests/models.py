@@ -9,10 +9,14 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     GemmaConfig,
+    Glm4Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Olmo2Config,
     Phi3Config,
     PhiConfig,
@@ -65,6 +69,27 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "olmo2": (Olmo2Config, {}),
     "smollm3": (SmolLM3Config, {}),
     "cohere": (CohereConfig, {}),
+    "glm4": (Glm4Config, {"head_dim": 32}),
+    "gptj": (GPTJConfig, {"n_inner": 64, "rotary_dim": 8}),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "qk_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "mpt": (MptConfig, {"max_seq_len": 512}),
 }
 
 if transformers.__version__ == "5.4.0":

@@ -9,18 +9,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, T5Config
+from transformers import Cache, DynamicCache, Llama4TextConfig, LlamaConfig, MambaConfig, PreTrainedConfig, T5Config
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from attention_sinks import SinkCache
 from attention_sinks.cache import SinkLayer
-from attention_sinks.rope import Rotation, derive_rotations
+from attention_sinks.rope import Rotation, derive_positions
 
 from .models import build_config, build_model, random_ids
 
 CONFIG = build_config("llama", num_hidden_layers=2)
 HEADS, HEAD_DIM = 2, 16
-ROTATION = derive_rotations(CONFIG, [0])[0]
+ROTATION = derive_positions(CONFIG, [0]).rotations[0]
 assert ROTATION is not None
 
 windows = st.integers(1, 12).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, w - 1)))
@@ -41,6 +41,7 @@ def states_of(tokens: list[int], batch_size: int = 1, dtype: torch.dtype = torch
     return keys, values.to(dtype)
 
 
+@torch.no_grad()
 def feed(cache: SinkCache, tokens: list[int], batch_size: int = 1) -> tuple[Tensor, Tensor]:
     """One update of every layer; returns what the last one gave."""
     keys, values = states_of(tokens, batch_size)
@@ -134,7 +135,8 @@ def test_the_split_of_a_stream_does_not_change_what_is_held(
 ) -> None:
     """The next token sees bitwise the same, whatever chunks came before and however the batch was rearranged."""
     length = sum(stream)
-    chunked, single = SinkCache(CONFIG, *window), SinkCache(CONFIG, *window)
+    config = build_config("llama", num_hidden_layers=1)
+    chunked, single = SinkCache(config, *window), SinkCache(config, *window)
     seen = 0
     for chunk in stream:
         feed(chunked, list(range(seen, seen + chunk)), batch_size=2)
@@ -147,7 +149,9 @@ def test_the_split_of_a_stream_does_not_change_what_is_held(
         cache.batch_select_indices(torch.arange(0, 2 * repeats, repeats))
         cache.reorder_cache(torch.LongTensor(rows))
     keys, values = (states[rows] for states in states_of([length], batch_size=2))
-    for mine, others in zip(chunked.update(keys, values, 0), single.update(keys, values, 0), strict=True):
+    with torch.no_grad():
+        returned = [cache.update(keys, values, 0) for cache in (chunked, single)]
+    for mine, others in zip(*returned, strict=True):
         assert torch.equal(mine, others)
         assert mine.shape[0] == len(rows)
 
@@ -237,7 +241,7 @@ def test_the_error_of_half_precision_does_not_grow_with_the_age_of_the_stream(dt
     """Scores against the exact keys in float64 over 10,000 updates: rotating again and again would add up errors."""
     window_length, num_sink_tokens, head_dim = 64, 4, 64
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=head_dim, head_dim=head_dim)
-    rotation = derive_rotations(config, [0])[0]
+    rotation = derive_positions(config, [0]).rotations[0]
     assert rotation is not None
     generator = torch.Generator().manual_seed(0)
     born = torch.randn(10_000, head_dim, generator=generator, dtype=torch.float64)
@@ -336,6 +340,7 @@ def test_padding_that_nobody_announced_is_refused() -> None:
         ({"config": None}, TypeError, r"`config` must be .* got None.*SinkCache\(model.config, window_length=256"),
         ({"config": 256}, TypeError, "`config` must be the config of the model, got 256"),
         ({"config": build_config("mistral-sliding"), "window_length": 64}, ValueError, "sliding window.* with 64"),
+        ({"config": MambaConfig(num_hidden_layers=2)}, NotImplementedError, "'mamba'"),
         ({"config": T5Config()}, NotImplementedError, "'t5'.*encoder-decoder"),
     ],
 )
@@ -349,31 +354,168 @@ def test_the_call_of_older_versions_is_answered_with_the_new_one() -> None:
         SinkCache(window_length=256, num_sink_tokens=4)
 
 
-@pytest.mark.parametrize("past", [0, 5, 20])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda k, v: (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), "`key_states` must keep batch size"),
-        (lambda k, v: (k[..., :8], v), "`key_states` must keep batch size, heads and head dimension"),
-        (lambda k, v: (k, v[..., :8]), "`value_states` must keep batch size, heads and head dimension"),
-        (lambda k, v: (k.double(), v.double()), "dtype and device, torch.float32 on cpu, got torch.float64"),
-        (lambda k, v: (k.to("meta"), v.to("meta")), "dtype and device, torch.float32 on cpu, got .* on meta"),
-        (lambda k, v: (k, v[:, :, :1]), "must agree in batch size and number of tokens"),
-    ],
-)
+WRONG_STATES: list[Any] = [
+    (lambda k, v: (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), "`key_states` must keep batch size"),
+    (lambda k, v: (k[..., :8], v), "`key_states` must keep batch size, heads and head dimension"),
+    (lambda k, v: (k, v[..., :8]), "`value_states` must keep batch size, heads and head dimension"),
+    (lambda k, v: (k.double(), v.double()), "dtype and device, torch.float32 on cpu, got torch.float64"),
+    (lambda k, v: (k.to("meta"), v.to("meta")), "dtype and device, torch.float32 on cpu, got .* on meta"),
+]
+
+
+@pytest.mark.parametrize("past", [5, 8, 20])
+@pytest.mark.parametrize(("change", "message"), WRONG_STATES)
 def test_a_refused_update_changes_nothing(past: int, change: Any, message: str) -> None:
     cache, untouched = SinkCache(CONFIG, 8, 2), SinkCache(CONFIG, 8, 2)
     for each in (cache, untouched):
-        if past:
-            feed(each, list(range(past)))
-    if past or "agree" in message:
-        with pytest.raises(ValueError, match=message):
-            cache.update(*change(*states_of([past, past + 1])), 0)
+        feed(each, list(range(past)))
+    with pytest.raises(ValueError, match=message):
+        cache.update(*change(*states_of([past, past + 1])), 0)
     for length in (1, 3, 1):
         start = untouched.get_seq_length()
         tokens = list(range(start, start + length))
         for mine, others in zip(feed(cache, tokens), feed(untouched, tokens), strict=True):
             assert torch.equal(mine, others)
+
+
+def test_keys_and_values_of_different_lengths_are_refused_before_anything_is_allocated() -> None:
+    cache = SinkCache(CONFIG, 8, 2)
+    keys, values = states_of([0, 1])
+    with pytest.raises(ValueError, match="must agree in batch size and number of tokens"):
+        cache.update(keys, values[:, :, :1], 0)
+    assert not cache.is_initialized
+    feed(cache, [0, 1])
+
+
+@pytest.mark.parametrize("failing_layer", [1, 3])
+def test_an_interrupted_forward_pass_is_noticed_by_the_next_one(failing_layer: int) -> None:
+    model = build_model(build_config("llama", num_hidden_layers=4))
+    cache, ids = SinkCache(model.config, 8, 2), random_ids(31)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        hook = model.model.layers[failing_layer].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 30:], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match=r"interrupted: layer 0 has seen 31 tokens and others 30.*`reset\(\)`"):
+            model(ids[:, 30:], past_key_values=cache)
+        cache.reset()  # type: ignore[no-untyped-call]
+        model(ids, past_key_values=cache)
+    assert cache.kept_length == 8
+
+
+def test_an_update_that_fails_half_way_or_is_empty_leaves_the_sinks_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a full window the sinks are turned first; a crop afterwards must not find them turned."""
+    cache, plain = SinkCache(build_config("llama", num_hidden_layers=1), 8, 2), PlainCache(8, 2)
+    check_update(cache, plain, 8)
+    keys, values = states_of([8, 9])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            cache.update(keys, values, 0)
+    assert cache.get_mask_sizes(0, 0) == (8, 0)
+    assert cache.update(keys[:, :, :0], values[:, :, :0], 0)[0].shape[2] == 8
+    cache.crop(-3)
+    plain.crop(-3)
+    for length in (1, 2, 1, 5, 1):
+        check_update(cache, plain, length)
+
+
+def mixed_model() -> Any:
+    """A sliding layer of its own kind before and after a ring."""
+    return build_model(
+        build_config(
+            "qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    )  # fmt: skip
+
+
+def test_a_refused_prompt_leaves_no_layer_behind() -> None:
+    model = mixed_model()
+    cache, ids, mask = SinkCache(model.config, 16, 4), random_ids(10), torch.ones(1, 10, dtype=torch.long)
+    ids[0, :3], mask[0, :3] = 0, 0
+    with pytest.raises(ValueError, match="does not support padded batches"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0]
+    model.generate(random_ids(7), past_key_values=cache, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_mixed_layers_crop_together_or_not_at_all() -> None:
+    model, ids = mixed_model(), random_ids(40)
+    cache, expected = SinkCache(model.config, 16, 4), DynamicCache(config=model.config)
+    model(ids[:, :7], past_key_values=cache)
+    for tokens_to_remove in (0, -2, 0):
+        cache.crop(tokens_to_remove)
+    assert [layer.get_seq_length() for layer in cache.layers] == [5, 5, 5]
+    cache.crop(4)
+    model(ids[:, :4], past_key_values=expected)
+    for each in (cache, expected):
+        logits = model(ids[:, 4:6], past_key_values=each).logits
+    assert torch.equal(
+        model(ids[:, 6:7], past_key_values=cache).logits, model(ids[:, 6:7], past_key_values=expected).logits
+    )
+    assert logits.shape[1] == 2
+    model(ids[:, 7:30], past_key_values=cache)
+    with pytest.raises(ValueError):  # noqa: PT011  # in the words of the sliding layer
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [30, 30, 30]
+
+
+def test_chunked_layers_keep_their_own_kind() -> None:
+    """Their chunks begin at absolute positions, whatever is evicted."""
+    config = Llama4TextConfig(
+        num_hidden_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=97,
+        intermediate_size=32, intermediate_size_mlp=32, attention_chunk_size=64, max_position_embeddings=4096,
+    )  # fmt: skip
+    kinds = [type(layer) for layer in SinkCache(config, 16, 4).layers]
+    assert kinds == [DynamicSlidingWindowLayer] * 3 + [SinkLayer]
+
+
+def test_positions_end_where_the_model_changes_and_the_update_that_would_get_there_is_refused() -> None:
+    config = build_config(
+        "llama", num_hidden_layers=1, max_position_embeddings=40,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    )  # fmt: skip
+    model, cache = build_model(config), SinkCache(config, 8, 2)
+    with torch.no_grad():
+        model(random_ids(38), past_key_values=cache)
+        with pytest.raises(ValueError, match="`query_length` must be at most 2 after 38 tokens, got 3.*position 40"):
+            model(random_ids(3), past_key_values=cache)
+        model(random_ids(2), past_key_values=cache)
+        with pytest.raises(ValueError, match="at most 0 after 40 tokens"):
+            cache.update(*states_of([40]), 0)
+    assert cache.get_seq_length() == 40
+    with pytest.raises(ValueError, match="`window_length` must be below 40, .* got 40"):
+        SinkCache(config, 40, 2)
+
+
+def test_a_rotation_stated_by_hand_is_that_of_the_model() -> None:
+    """For models that cannot be measured, such as those with code of their own."""
+    model = build_model(build_config("llama", num_hidden_layers=2))
+    measured = SinkCache(model.config, 8, 2)
+    inv_freq = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    stated = SinkCache(PretrainedConfigOfItsOwn(num_hidden_layers=2), 8, 2, rotation=Rotation(inv_freq))
+    with torch.no_grad():
+        for chunk in random_ids(40).split([5, 1, 1, 9, *[1] * 24], dim=1):
+            logits = [model(chunk, past_key_values=cache).logits for cache in (measured, stated)]
+            torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    with pytest.raises(NotImplementedError, match=r"'its_own'.*SinkCache\(config, rotation=Rotation\(inv_freq"):
+        SinkCache(PretrainedConfigOfItsOwn(num_hidden_layers=2), 8, 2)
+    with pytest.raises(TypeError, match="`rotation` must be a Rotation, got 'llama'"):
+        SinkCache(CONFIG, rotation="llama")  # type: ignore[arg-type]
+
+
+class PretrainedConfigOfItsOwn(PreTrainedConfig):
+    model_type = "its_own"
+    num_hidden_layers: int = 2
 
 
 def test_every_method_of_the_interface_is_implemented_or_inherited_knowingly() -> None:

@@ -18,6 +18,7 @@ def test_below_the_window_generate_is_bitwise_that_of_a_dynamic_cache(architectu
     options: dict[str, Any] = {
         "max_new_tokens": 30,
         "do_sample": False,
+        "use_cache": True,
         "output_logits": True,
         "return_dict_in_generate": True,
     }

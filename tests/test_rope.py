@@ -8,16 +8,21 @@ from hypothesis import strategies as st
 from transformers import (
     BertConfig,
     BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
+    HunYuanDenseV1Config,
+    Llama4TextConfig,
     LlamaConfig,
+    Ministral3Config,
     MptConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
 )
 
-from attention_sinks.rope import Rotation, derive_rotations
+from attention_sinks.rope import LAST_POSITION, Rotation, derive_positions
 
 from .models import ARCHITECTURES, build_config
 
@@ -32,11 +37,15 @@ def real_rotation(config: PreTrainedConfig, key_states: torch.Tensor, position: 
     return rotated
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "phi"])  # phi rotates a part
+# Those whose module rotates whole keys by a function of the usual form.
+WHOLE_KEYS = [name for name in ARCHITECTURES if name not in ("phi", "gptj", "deepseek_v3", "mpt")]
+
+
+@pytest.mark.parametrize("architecture", WHOLE_KEYS)
 @pytest.mark.parametrize("head_dim", [16, 128])
 def test_turning_equals_the_rotation_of_the_models_own_module(architecture: str, head_dim: int) -> None:
     config = build_config(architecture, num_hidden_layers=1, hidden_size=4 * head_dim, head_dim=head_dim)
-    (rotation,) = derive_rotations(config, [0]).values()
+    (rotation,) = derive_positions(config, [0]).rotations.values()
     assert rotation is not None
     key = torch.randn(1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0))
     born = real_rotation(config, key, 3)
@@ -57,7 +66,7 @@ def test_frequencies_are_bitwise_those_of_a_full_size_model() -> None:
     )  # fmt: skip
     module = importlib.import_module("transformers.models.llama.modeling_llama")
     expected = module.LlamaRotaryEmbedding(config).inv_freq.double()
-    rotations = derive_rotations(config, [0, 1])
+    rotations = derive_positions(config, [0, 1]).rotations
     for rotation in rotations.values():
         assert rotation is not None
         assert torch.equal(rotation.inv_freq, expected)
@@ -65,8 +74,8 @@ def test_frequencies_are_bitwise_those_of_a_full_size_model() -> None:
 
 
 def test_partial_rotation_and_pairing_are_measured() -> None:
-    (half,) = derive_rotations(build_config("phi", num_hidden_layers=1), [0]).values()
-    (neighbours,) = derive_rotations(build_config("cohere", num_hidden_layers=1), [0]).values()
+    (half,) = derive_positions(build_config("phi", num_hidden_layers=1), [0]).rotations.values()
+    (neighbours,) = derive_positions(build_config("cohere", num_hidden_layers=1), [0]).rotations.values()
     assert half is not None
     assert (half.start, half.rotary_dim, half.interleaved) == (0, 8, False)
     assert neighbours is not None
@@ -74,7 +83,7 @@ def test_partial_rotation_and_pairing_are_measured() -> None:
 
 
 def test_layers_without_position_have_no_rotation() -> None:
-    rotations = derive_rotations(build_config("smollm3", num_hidden_layers=8), range(8))
+    rotations = derive_positions(build_config("smollm3", num_hidden_layers=8), range(8)).rotations
     assert [rotation is None for rotation in rotations.values()] == [False, False, False, True] * 2
 
 
@@ -98,41 +107,87 @@ def test_turns_add_up_and_keep_lengths(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (GPT2Config(n_layer=2), "absolute position"),
-        (OPTConfig(num_hidden_layers=2), "absolute position"),
-        (BertConfig(num_hidden_layers=2, is_decoder=True), "absolute position"),
-        (BloomConfig(n_layer=2), "ALiBi|positions are limited"),
-        (MptConfig(n_layers=2), "ALiBi"),
-        (GPTJConfig(n_layer=2), "positions are limited"),
-        (LlamaConfig(num_hidden_layers=2, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-         "depend on the length"),
-        (Phi3Config(num_hidden_layers=2, max_position_embeddings=8192, original_max_position_embeddings=4096,
-                    rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48,
-                                     "long_factor": [2.0] * 48, "original_max_position_embeddings": 4096}),
-         "depend on the length"),
+        (GPT2Config(n_layer=2), "absolute positions"),
+        (OPTConfig(num_hidden_layers=2), "absolute positions"),
+        (BertConfig(num_hidden_layers=2, is_decoder=True), "absolute positions"),
+        (BloomConfig(n_layer=2), "number of tokens seen"),
+        (FalconConfig(num_hidden_layers=2, alibi=True), "number of tokens seen"),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_with_its_reason(config: PreTrainedConfig, reason: str) -> None:
     with pytest.raises(NotImplementedError, match=f"(?s){config.model_type!r}.*({reason})"):
-        derive_rotations(config, range(2))
+        derive_positions(config, range(2))
 
 
-@pytest.mark.parametrize(("model_type", "changes"), [("Llama4Text", {}), ("Ministral3", {})])
-def test_attention_that_depends_on_absolute_positions_is_refused(model_type: str, changes: dict[str, int]) -> None:
-    """Their queries are scaled by the position or by the length of the cache, which the keys do not show."""
-    transformers = importlib.import_module("transformers")
-    config = getattr(transformers, f"{model_type}Config")(num_hidden_layers=4)
-    with pytest.raises(NotImplementedError, match=r"absolute positions, not on distances"):
-        derive_rotations(config, range(4))
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (LlamaConfig(num_hidden_layers=2), LAST_POSITION),
+        (GPTJConfig(n_layer=2, n_embd=64, n_head=4, rotary_dim=8, n_positions=300), 300),
+        (LlamaConfig(num_hidden_layers=2, max_position_embeddings=300,
+                     rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 300),
+        (Phi3Config(num_hidden_layers=2, max_position_embeddings=1024, original_max_position_embeddings=256,
+                    rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48,
+                                     "long_factor": [2.0] * 48, "original_max_position_embeddings": 256}), 256),
+        (Ministral3Config(num_hidden_layers=2, rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 5000}), 5000),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
+)  # fmt: skip
+def test_the_first_position_at_which_a_model_changes_is_found(config: PreTrainedConfig, limit: int) -> None:
+    """A table that ends, frequencies that depend on the length, queries scaled by their position."""
+    assert derive_positions(config, [0]).limit == limit
+
+
+def test_queries_that_are_scaled_by_the_number_of_tokens_seen_limit_it() -> None:
+    """Llama 4 does so from 8,191 on, in a way that neither keys nor `position_ids` show."""
+    positions = derive_positions(Llama4TextConfig(num_hidden_layers=4, floor_scale=2000), [3])
+    assert positions.rotations == {3: None}
+    assert 2000 - 6 <= positions.limit < 2000  # the measured sequence has six tokens
+
+
+def test_attention_biased_by_the_order_of_the_tokens_asks_for_that_order() -> None:
+    assert derive_positions(MptConfig(n_layers=2), [0, 1]).in_order
+    assert not derive_positions(build_config("llama", num_hidden_layers=2), [0, 1]).in_order
+
+
+def test_layer_types_with_similar_frequencies_are_told_apart() -> None:
+    full, sliding = "full_attention", "sliding_attention"
+    config = Gemma3TextConfig(
+        hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, head_dim=64, vocab_size=97,
+        num_hidden_layers=2, max_position_embeddings=64, sliding_window=64, layer_types=[full, sliding],
+        rope_parameters={
+            full: {
+                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 131072,
+            },
+            sliding: {"rope_type": "default", "rope_theta": 5e5},
+        },
+    )  # fmt: skip
+    rotations = derive_positions(config, [0, 1]).rotations
+    module = importlib.import_module("transformers.models.gemma3.modeling_gemma3")
+    embedding = module.Gemma3RotaryEmbedding(config)
+    for layer, layer_type in enumerate((full, sliding)):
+        rotation = rotations[layer]
+        assert rotation is not None
+        assert torch.equal(rotation.inv_freq, getattr(embedding, f"{layer_type}_inv_freq").double())
+
+
+def test_latent_attention_rotates_what_it_caches_as_values() -> None:
+    config = build_config("deepseek_v3", num_hidden_layers=1)
+    rotation = derive_positions(config, [0]).rotations[0]
+    assert rotation is not None
+    assert (rotation.in_values, rotation.start) in ((True, 0), (False, config.qk_nope_head_dim))  # 5.23, 5.4
+    assert rotation.rotary_dim == config.qk_rope_head_dim
 
 
 def test_keys_that_are_normed_after_their_rotation_are_refused() -> None:
     """With trained, unequal weights such a norm does not commute with a rotation; a fresh model would hide that."""
-    transformers = importlib.import_module("transformers")
-    config = transformers.HunYuanDenseV1Config(num_hidden_layers=1, head_dim=128)
-    with pytest.raises(NotImplementedError, match="do not turn by a rotary|absolute positions"):
-        derive_rotations(config, [0])
+    config = HunYuanDenseV1Config(num_hidden_layers=1, head_dim=128)
+    with pytest.raises(NotImplementedError, match=r"do not turn by a rotary embedding of fixed frequencies alone"):
+        derive_positions(config, [0])
 
 
 def test_unregistered_configs_are_refused() -> None:
@@ -140,14 +195,14 @@ def test_unregistered_configs_are_refused() -> None:
         model_type = "own"
 
     with pytest.raises(NotImplementedError, match="'own'.*could not be measured"):
-        derive_rotations(OwnConfig(), [0])
+        derive_positions(OwnConfig(), [0])
 
 
 def test_deriving_leaves_the_callers_state_alone() -> None:
     config = build_config("llama", num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     before, state = copy.deepcopy(config), torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        (rotation,) = derive_rotations(config, [0]).values()
+        (rotation,) = derive_positions(config, [0]).rotations.values()
     assert rotation is not None
     assert rotation.inv_freq.device.type == "cpu"
     assert not rotation.inv_freq.is_inference()

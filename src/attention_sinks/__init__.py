@@ -2,5 +2,6 @@
 
 from .cache import SinkCache
 from .generate import sink_generate
+from .rope import Rotation
 
-__all__ = ["SinkCache", "sink_generate"]
+__all__ = ["Rotation", "SinkCache", "sink_generate"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from .rope import Rotation, derive_rotations
+from .rope import Positions, Rotation, derive_positions
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -28,6 +28,8 @@ class SinkCache(Cache):
         config: the config of the model, `model.config`; it tells which rotation the cached keys carry.
         window_length: the most tokens a layer holds, sinks included.
         num_sink_tokens: how many of the first tokens are never evicted; `0` is plain window attention.
+        rotation: how the cached keys turn with their position, for models that cannot be measured, those with code of
+            their own (`trust_remote_code`) for instance. Nothing is checked then.
 
     Layers whose own sliding window is at most `window_length` and layers without attention are those of `DynamicCache`.
 
@@ -50,6 +52,7 @@ class SinkCache(Cache):
         config: PreTrainedConfig = None,  # type: ignore[assignment]
         window_length: int = DEFAULT_WINDOW_LENGTH,
         num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+        rotation: Rotation | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(
@@ -63,30 +66,54 @@ class SinkCache(Cache):
                 "`num_sink_tokens` must be smaller than `window_length`, which counts them and at least one recent "
                 f"token; got num_sink_tokens={num_sink_tokens} and window_length={window_length}."
             )
+        if not isinstance(rotation, Rotation | None):
+            raise TypeError(f"`rotation` must be a Rotation, got {rotation!r:.80}.")
         if config.is_encoder_decoder:
             raise NotImplementedError(
                 f"SinkCache does not support the model type {config.model_type!r}: it is an encoder-decoder model."
             )
         config = config.get_text_config(decoder=True)
-        layers: list[Any] = DynamicCache(config=config).layers
+        try:
+            layers: list[Any] = DynamicCache(config=config).layers
+        except Exception as error:
+            raise NotImplementedError(
+                f"SinkCache does not support the model type {config.model_type!r}: not even a DynamicCache can be made "
+                f"from its config ({type(error).__name__}: {error})."
+            ) from error
         ring_layers = [i for i, layer in enumerate(layers) if _becomes_ring(layer, i, config, window_length)]
+        if not any(isinstance(layer, DynamicLayer) for layer in layers):
+            raise NotImplementedError(
+                f"SinkCache does not support the model type {config.model_type!r}: it has no attention layers, and its "
+                "memory is constant without any help."
+            )
         if not ring_layers:
             raise ValueError(
                 f"`window_length` must be smaller than the sliding window of the model; with {window_length} no layer "
                 f"of this {config.model_type!r} model would keep a sink. Choose a smaller one, or use a `DynamicCache`."
             )
-        rotations = derive_rotations(config, ring_layers)
-        phases = {rotation: _Phase(rotation) for rotation in rotations.values() if rotation is not None}
+        if rotation is None:
+            positions = derive_positions(config, ring_layers)
+        else:
+            positions = Positions(dict.fromkeys(ring_layers, rotation))
+        if positions.limit <= window_length:
+            raise ValueError(
+                f"`window_length` must be below {positions.limit}, where this {config.model_type!r} model ends or "
+                f"changes its behaviour, got {window_length}."
+            )
+        phases = {rotation: _Phase(rotation) for rotation in positions.rotations.values() if rotation is not None}
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
-        for i, rotation in rotations.items():
-            layers[i] = SinkLayer(window_length, num_sink_tokens, phases[rotation] if rotation is not None else None)
+        for i, rotation in positions.rotations.items():
+            phase = phases[rotation] if rotation is not None else None
+            layers[i] = SinkLayer(window_length, num_sink_tokens, phase, positions.in_order)
         super().__init__(layers=layers)
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self._first_ring: SinkLayer = layers[ring_layers[0]]
-        # Pads share token and position, hence their key, in the first layer; where keys rotate, real tokens never do.
-        self._padding_guard = next(i for i, rotation in rotations.items() if rotation is not None)
+        self._last_ring: SinkLayer = layers[ring_layers[-1]]
+        self._limit = positions.limit
+        # `generate` puts all pads at position 0, so that their states are equal; where states rotate, no others are.
+        self._padding_guard = next((i for i, rotation in positions.rotations.items() if rotation is not None), None)
 
     @property
     def kept_length(self) -> int:
@@ -108,19 +135,34 @@ class SinkCache(Cache):
             layer, which writes in place.
 
         Raises:
-            ValueError: if batch size, heads, head dimension, dtype or device differ from what is stored, or if the
-                first prompt is left-padded. Nothing is changed then.
+            ValueError: if batch size, heads, head dimension, dtype or device differ from what is stored, if the stream
+                reaches the end of the positions, or if the first prompt is left-padded. Nothing is changed then.
+            RuntimeError: if an earlier forward pass was interrupted between two layers.
         """
-        if layer_idx == self._padding_guard and self.layers[layer_idx].get_seq_length() == 0:
-            _refuse_padding(key_states)
+        layer = self.layers[layer_idx]
+        seen = layer.get_seq_length()
+        self._check_limit(seen, key_states.shape[2])
+        if layer is self._first_ring and seen != self._last_ring.seen:
+            raise RuntimeError(
+                f"A forward pass was interrupted: layer {layer_idx} has seen {seen} tokens and others "
+                f"{self._last_ring.seen}. Start a new stream with `reset()`."
+            )
+        if layer_idx == self._padding_guard and seen == 0 and _starts_with_pads(key_states, value_states):
+            self.reset()  # type: ignore[no-untyped-call]  # layers before this one took the prompt already
+            raise ValueError(
+                "`key_states` start with two equal tokens, as only padding does: SinkCache does not support padded "
+                "batches yet. Generate for prompts of equal length together, or one by one."
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many keys `update` will return for `query_length` tokens, and the position the mask counts them from.
 
         Raises:
-            ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end.
+            ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end, or
+                that crosses the last position at which the model behaves as at the start.
         """
+        self._check_limit(self._first_ring.seen, query_length)
         kv_length, kv_offset = super().get_mask_sizes(query_length, layer_idx)
         if kv_length > self._sliding_window and kv_length > query_length:
             raise ValueError(
@@ -129,6 +171,13 @@ class SinkCache(Cache):
                 f"({self._sliding_window}) would hide the sinks. Feed the tokens in smaller chunks."
             )
         return kv_length, kv_offset
+
+    def _check_limit(self, seen: int, query_length: int) -> None:
+        if seen + query_length > self._limit:
+            raise ValueError(
+                f"`query_length` must be at most {self._limit - seen} after {seen} tokens, got {query_length}: the "
+                f"model ends or changes its behaviour at position {self._limit}. Start a new stream with `reset()`."
+            )
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The most tokens that the cache, or its layer `layer_idx`, holds; -1 if that is unbounded."""
@@ -151,10 +200,15 @@ class SinkCache(Cache):
         Raises:
             ValueError: if tokens to take back are not held any more. Nothing is changed then.
         """
-        self._first_ring.length_after_crop(tokens_to_remove)
-        # The rings, which cannot refuse now, last: a sliding layer may refuse.
+        removed = self._first_ring.seen - self._first_ring.length_after_crop(tokens_to_remove)
+        # The rings, which cannot refuse now, last: other layers may. They read 0 as a length in early 5.x, and as a
+        # call to forget what they recorded later.
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, SinkLayer)):
-            layer.crop(tokens_to_remove)
+            if removed > 0 or getattr(layer, "record_past", False):
+                try:
+                    layer.crop(-removed)
+                except RuntimeError as error:
+                    raise ValueError(f"`tokens_to_remove`={tokens_to_remove} is refused by a layer: {error}") from error
 
 
 class SinkLayer(CacheLayerMixin):
@@ -167,7 +221,8 @@ class SinkLayer(CacheLayerMixin):
     Args:
         window_length: the most tokens held.
         num_sink_tokens: how many of the first ones are never evicted.
-        phase: turns the keys of the sinks; None if the keys of the layer carry no position.
+        phase: turns the sinks; None if the cached states of the layer carry no position.
+        in_order: whether the tokens are always handed on in the order of their positions.
     """
 
     # None before the first update.
@@ -177,13 +232,15 @@ class SinkLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False  # past the window a crop leaves a trace
 
-    def __init__(self, window_length: int, num_sink_tokens: int, phase: "_Phase | None") -> None:
+    def __init__(self, window_length: int, num_sink_tokens: int, phase: "_Phase | None", in_order: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self.phase = phase
+        self.in_order = in_order
         self.seen = 0
         self.shift = 0
+        self._turned = 0  # the shift to which the sinks are turned in their slots
 
     @property
     def kept_length(self) -> int:
@@ -198,7 +255,7 @@ class SinkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        kv_offset = self._shift_of(self.seen + 1)
+        kv_offset = self._shift_of(self.seen + min(query_length, 1))
         return self.seen + query_length - kv_offset, kv_offset
 
     def _shift_of(self, seen: int) -> int:
@@ -211,7 +268,8 @@ class SinkLayer(CacheLayerMixin):
             self.keys = _empty_slots(key_states, self.window_length)
             self.values = _empty_slots(value_states, self.window_length)
             if self.phase is not None:
-                self.sinks = self.phase.rotation.complex_pairs(self.keys[:, :, : self.num_sink_tokens])
+                turning = self._turning(self.keys, self.values)
+                self.sinks = self.phase.rotation.complex_pairs(turning[:, :, : self.num_sink_tokens])
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -228,13 +286,14 @@ class SinkLayer(CacheLayerMixin):
         query_length = key_states.shape[-2]
         seen = self.seen + query_length
         # The shift of the first query counts for all of them; see get_mask_sizes.
-        shift = self._shift_of(self.seen + 1)
+        shift = self._shift_of(self.seen + min(query_length, 1))
         self._turn_sinks(shift)
 
         in_slot_order = seen <= self.window_length and shift == 0
-        full_ring = query_length == 1 and seen - shift == self.window_length
-        # Buffers carry no gradient. Under autograd the new states are handed on themselves, the kept ones as constants.
-        if (in_slot_order or full_ring) and not (key_states.requires_grad or value_states.requires_grad):
+        full_ring = query_length == 1 and seen - shift == self.window_length and not self.in_order
+        # Views would be written over before a backward pass reads them. Under autograd the new states are handed on
+        # themselves, the kept ones as constants.
+        if (in_slot_order or full_ring) and not torch.is_grad_enabled():
             self._write(key_states, value_states)
             kept = seen - shift
             returned = self.keys[:, :, :kept], self.values[:, :, :kept]
@@ -262,9 +321,15 @@ class SinkLayer(CacheLayerMixin):
 
     def _turn_sinks(self, shift: int) -> None:
         """Rotate the sinks in their slots `shift` positions forward from where they were born."""
-        if shift > 0 and self.phase is not None:
+        if shift != self._turned and self.phase is not None:
             turned = self.sinks * self.phase(shift, self.sinks.device, self.sinks.dtype)
-            self.phase.rotation.pairs(self.keys[:, :, : self.num_sink_tokens]).copy_(torch.view_as_real(turned))
+            slots = self._turning(self.keys, self.values)[:, :, : self.num_sink_tokens]
+            self.phase.rotation.pairs(slots).copy_(torch.view_as_real(turned))
+            self._turned = shift
+
+    def _turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
+        """Those of the two that carry the position."""
+        return value_states if self.phase is not None and self.phase.rotation.in_values else key_states
 
     def _slot(self, position: int) -> int:
         """The slot of the token at `position` that is no sink."""
@@ -292,7 +357,8 @@ class SinkLayer(CacheLayerMixin):
             self.keys[:, :, born] = key_states[:, :, :num_sinks]
             self.values[:, :, born] = value_states[:, :, :num_sinks]
             if self.phase is not None:
-                self.sinks[:, :, born] = self.phase.rotation.complex_pairs(key_states[:, :, :num_sinks])
+                turning = self._turning(key_states, value_states)[:, :, :num_sinks]
+                self.sinks[:, :, born] = self.phase.rotation.complex_pairs(turning)
         # Of a chunk longer than the ring only the last tokens stay.
         skipped = max(num_sinks, query_length - (self.window_length - self.num_sink_tokens))
         first = self._slot(self.seen + skipped)
@@ -324,7 +390,7 @@ class SinkLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
-        self.__init__(self.window_length, self.num_sink_tokens, self.phase)  # type: ignore[misc]
+        self.__init__(self.window_length, self.num_sink_tokens, self.phase, self.in_order)  # type: ignore[misc]
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
@@ -385,12 +451,12 @@ def _empty_slots(states: Tensor, window_length: int) -> Tensor:
     return states.new_zeros(batch_size, num_heads, window_length, head_dim)
 
 
-def _refuse_padding(key_states: Tensor) -> None:
-    if key_states.shape[2] > 1 and bool((key_states[:, :, 0] == key_states[:, :, 1]).flatten(1).all(dim=1).any()):
-        raise ValueError(
-            "`key_states` start with equal keys, as only padding does: SinkCache does not support padded batches yet. "
-            "Generate for prompts of equal length together, or one by one."
-        )
+def _starts_with_pads(key_states: Tensor, value_states: Tensor) -> bool:
+    """Whether in some row of `[batch_size, num_heads, length, head_dim]` the first two tokens are equal."""
+    if min(key_states.shape[2], value_states.shape[2]) < 2:
+        return False
+    equal_keys, equal_values = ((x[:, :, 0] == x[:, :, 1]).flatten(1).all(dim=1) for x in (key_states, value_states))
+    return bool((equal_keys & equal_values).any())
 
 
 def _check_int(name: str, value: object, at_least: int) -> None:

@@ -57,14 +57,35 @@ def sink_generate(
         raise ValueError(
             f"`use_cache` must be True, got {generate_kwargs['use_cache']!r}: the window is a property of the cache."
         )
-    attention_mask = generate_kwargs.get("attention_mask")
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(
-            "`attention_mask` must be all ones: padded batches are not supported yet. Generate for prompts of equal "
-            "length together, or one by one."
+    _check_padding(model, inputs, generate_kwargs)
+    if generate_kwargs.get("prefill_chunk_size") is not None:
+        raise NotImplementedError(
+            f"`prefill_chunk_size` is not supported yet, got {generate_kwargs['prefill_chunk_size']!r}: later tokens "
+            "of a chunk would see more than their window."
         )
+    # The model's own settings may ask for another cache.
+    generate_kwargs.setdefault("cache_implementation", None)
     _check_frequencies(model)
     return model.generate(inputs, past_key_values=past_key_values, **generate_kwargs)  # type: ignore[misc]
+
+
+def _check_padding(model: PreTrainedModel, inputs: torch.Tensor | None, generate_kwargs: dict[str, Any]) -> None:
+    """Refuse padding, announced or, as `generate` reads it from the prompt, not."""
+    padded = False
+    attention_mask = generate_kwargs.get("attention_mask")
+    input_ids = inputs if inputs is not None else generate_kwargs.get("input_ids")
+    if attention_mask is not None:
+        padded = not bool(attention_mask.all())
+    elif input_ids is not None:
+        settings = generate_kwargs.get("generation_config") or model.generation_config
+        pad, eos = (generate_kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+        ends = eos if isinstance(eos, list) else [eos]
+        padded = pad is not None and pad not in ends and bool((input_ids == pad).any())
+    if padded:
+        raise ValueError(
+            "`attention_mask` must be all ones, got padding: padded batches are not supported yet. Generate for "
+            "prompts of equal length together, or one by one. If the pad token is a word of the prompt, pass a mask."
+        )
 
 
 def _check_frequencies(model: PreTrainedModel) -> None:

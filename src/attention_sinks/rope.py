@@ -1,17 +1,22 @@
-"""Which rotation a model's cached keys carry, and turning keys by a shift. Knows no cache.
+"""Which rotation a model's cached keys carry, and turning keys by a shift. Knows no sink cache.
 
 The rotation is not looked up in a table of model types, it is measured: a small random twin of the model, built by the
 model's own code from the same config, sees one token at several positions, and its cached keys show how they turn. Only
-a rotation that explains every key is accepted; whatever is not understood is refused.
+a rotation that explains every key is accepted, and only a model that then behaves at any position, after any eviction,
+as it did at the start; whatever is not understood is refused.
 """
 
-import json
-from collections.abc import Iterable
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -27,13 +32,15 @@ class Rotation:
         start: index of the first rotating dimension; the rotating ones are contiguous.
         interleaved: whether pairs are neighbours (`0, 1`) as in GPT-J, or lie half the block apart
             (`0, rotary_dim / 2`) as in Llama.
+        in_values: whether the rotating dimensions are cached as values, as those of multi-head latent attention are.
     """
 
-    def __init__(self, inv_freq: Tensor, start: int, interleaved: bool) -> None:
+    def __init__(self, inv_freq: Tensor, start: int = 0, interleaved: bool = False, in_values: bool = False) -> None:
         # float64 holds the model's own float32 frequencies exactly, and their angles at any position.
         self.inv_freq = inv_freq.double()
         self.start = start
         self.interleaved = interleaved
+        self.in_values = in_values
 
     @property
     def rotary_dim(self) -> int:
@@ -41,7 +48,8 @@ class Rotation:
 
     def __repr__(self) -> str:
         pairing = "interleaved" if self.interleaved else "halves"
-        return f"Rotation(dims {self.start} to {self.start + self.rotary_dim - 1}, {pairing})"
+        where = "values" if self.in_values else "keys"
+        return f"Rotation({where}, dims {self.start} to {self.start + self.rotary_dim - 1}, {pairing})"
 
     def pairs(self, key_states: Tensor) -> Tensor:
         """The rotating dimensions of keys `[..., head_dim]`, as a view of shape `[..., rotary_dim / 2, 2]`."""
@@ -69,7 +77,7 @@ class Rotation:
 
     def to(self, device: torch.device) -> "Rotation":
         """The same rotation with its frequencies on `device`."""
-        return Rotation(self.inv_freq.to(device), self.start, self.interleaved)
+        return Rotation(self.inv_freq.to(device), self.start, self.interleaved, self.in_values)
 
     def turned(self, key_states: Tensor, shift: int) -> Tensor:
         """Keys `[..., head_dim]` moved forward by `shift` positions, as a new tensor."""
@@ -79,103 +87,184 @@ class Rotation:
         return turned
 
 
-def derive_rotations(config: PreTrainedConfig, layers: Iterable[int]) -> dict[int, Rotation | None]:
-    """The rotation of each of `layers` of the model that `config` describes; None for a layer without position.
+# Models compute positions in float32, which tells neighbours apart up to here.
+LAST_POSITION = 2**24
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a model tells positions apart.
+
+    Args:
+        rotations: by layer, the rotation of its cached states; None if they carry no position.
+        in_order: whether attention counts distances by the order of the cached tokens (ALiBi).
+        limit: how many positions there are before the model ends or changes its behaviour.
+    """
+
+    rotations: dict[int, Rotation | None]
+    in_order: bool = False
+    limit: int = LAST_POSITION
+
+
+def derive_positions(config: PreTrainedConfig, layers: Iterable[int]) -> Positions:
+    """How the model that `config` describes tells positions apart, as far as its `layers` are concerned.
 
     Raises:
-        NotImplementedError: naming the model type and the reason, if the keys of a layer do not turn by one fixed
-            rotation, or if attention depends on more than the distance of two tokens.
+        NotImplementedError: naming the model type and the reason, if the cached states of a layer do not turn by a
+            rotation of fixed frequencies, or if attention depends on more than the distances of the cached tokens.
     """
-    measured = _measure(type(config), config.to_json_string(use_diff=False))  # type: ignore[arg-type]  # classes hash
+    measured = _measure(_Key(type(config), str(config.to_dict()), config))
     if isinstance(measured, str):
-        raise NotImplementedError(f"SinkCache does not support the model type {config.model_type!r}: {measured}.")
-    rotations = {}
+        raise NotImplementedError(f"SinkCache does not support the model type {config.model_type!r}: {measured}")
+    rotations: dict[int, Rotation | None] = {}
     for layer in layers:
-        rotation = measured.get(layer, "its keys are not cached")
+        rotation = measured.rotations.get(layer, "no keys reach the cache.")
         if isinstance(rotation, str):
             raise NotImplementedError(
-                f"SinkCache does not support the model type {config.model_type!r}: in layer {layer} {rotation}."
+                f"SinkCache does not support the model type {config.model_type!r}: in layer {layer} {rotation}"
             )
         rotations[layer] = rotation
-    if not any(rotations.values()):
-        raise NotImplementedError(
-            f"SinkCache does not support the model type {config.model_type!r}: none of its cached keys carries a "
-            "position, so its positions lie outside the cache (ALiBi, for instance)."
-        )
-    return rotations
+    return Positions(rotations, measured.in_order, measured.limit)
 
 
-# Measured on the twin's keys in float32: errors of rounding stay below 1e-4 at these positions, other frequencies or
-# another pairing give errors near 1.
+_BY_HAND = (
+    "If its keys do turn with their position by a rotary embedding of fixed frequencies, say how: "
+    "SinkCache(config, rotation=Rotation(inv_freq, start=0, interleaved=False))."
+)
+_ABSOLUTE = (
+    "its cached states depend on absolute positions, added to the tokens before they are cached, and cannot be moved."
+)
+_LENGTH = "its attention depends on absolute positions or on the number of tokens seen, not on distances alone."
+
+# Errors of rounding stay below 1e-4 of the twin's float32 states at these positions; other frequencies or another
+# pairing give errors near 1.
 _TOLERANCE = 1e-3
 _NEAR = 1024
+# Logits of tokens in other slots differ by 4e-5 at most, with the gentlest slope of ALiBi by 1e-4 at least. At another
+# position they differ by 1e-4 at most, and with a query scaled by its position by 1e-1.
+_ORDER_TOLERANCE = 5e-5
+_MOVED_TOLERANCE = 5e-4
+_LARGEST_TWIN = 300_000_000
+
+
+@dataclass(frozen=True)
+class _Key:
+    config_class: type[PreTrainedConfig]
+    settings: str
+    config: PreTrainedConfig = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    rotations: dict[int, Rotation | str | None]
+    in_order: bool
+    limit: int
 
 
 @lru_cache(maxsize=32)
-def _measure(config_class: type[PreTrainedConfig], config_json: str) -> dict[int, Rotation | str | None] | str:
-    """Per layer with keys: its rotation, None without one, or why it is refused. A str refuses the whole model."""
+def _measure(key: _Key) -> _Measured | str:
+    """What a twin shows. A str says why the whole model is refused, in `rotations` why a layer is."""
     # Nothing of the caller's is used or changed: random state, default device, autocast, gradient and inference mode.
     with (
-        torch.random.fork_rng(devices=[]),
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         torch.inference_mode(False),
         torch.no_grad(),
     ):
-        return _measure_twin(config_class, json.loads(config_json))
+        failures: list[str] = []
+        for shrink in (_to_one_head, _to_four_heads, _to_one_group):
+            outcomes: list[_Measured | str] = []
+            # Far positions tell frequencies apart best, but a model may not have them.
+            for longest in (_NEAR, _shortest_length(key.config)):
+                try:
+                    config = copy.deepcopy(key.config)
+                    _shrink(config)
+                    shrink(config)
+                    measured = _measure_twin(_build_twin(config), longest)
+                except Exception as error:  # whatever the code of a model raises on sizes it was not made for
+                    failures.append(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}"))
+                    continue
+                if isinstance(measured, _Measured) and not any(isinstance(r, str) for r in measured.rotations.values()):
+                    return measured
+                outcomes.append(measured)
+            if outcomes:
+                return outcomes[-1]
+        return f"its positions could not be measured on a small twin ({failures[0]:.200}). {_BY_HAND}"
 
 
-def _measure_twin(
-    config_class: type[PreTrainedConfig], config_dict: dict[str, Any]
-) -> dict[int, Rotation | str | None] | str:
-    limit = config_dict.get("max_position_embeddings") or _NEAR
-    near = [0, 1, 2, min(_NEAR, limit) // 2, min(_NEAR, limit) - 1]
-    far = 4 * max(limit, _NEAR)
-    try:
-        twin = _build_twin(config_class.from_dict(config_dict))
-        # Read now: a model whose frequencies depend on the length replaces them on the way.
-        frequencies = [b.clone() for b in twin.buffers() if b.ndim == 1 and b.is_floating_point()]
-        keys, values = _cached_at(twin, near)
-    except Exception as error:
-        return f"its attention could not be measured on a small twin ({type(error).__name__}: {error})"
-
+def _measure_twin(twin: PreTrainedModel, longest: int) -> _Measured | str:
+    near = sorted({0, min(1, longest - 1), longest // 2, longest - 1})
+    # Read now: a model whose frequencies depend on the length replaces them on the way.
+    frequencies: list[Tensor] = []
+    for inv_freq in _frequencies(twin):
+        if not any(torch.equal(inv_freq, other) for other in frequencies):
+            frequencies.append(inv_freq)
+    cached = _cached_at(twin, near)
+    head_dims = {states.shape[-1] for layer in cached.values() for states in layer}
     # Made once, so that layers with the same rotation share one object.
-    candidates = _candidates(frequencies, {layer_keys.shape[-1] for layer_keys in keys.values()})
-    measured: dict[int, Rotation | str | None] = {}
-    for layer, layer_keys in keys.items():
-        if not _same(values[layer], values[layer][:1].expand_as(values[layer])):
-            return "its tokens carry their absolute position before they are cached"
-        measured[layer] = _explain(layer_keys, near, candidates)
+    of_keys, of_values = (_candidates(frequencies, head_dims, in_values) for in_values in (False, True))
+    rotations: dict[int, Rotation | str | None] = {}
+    for layer, (keys, values) in cached.items():
+        if _constant(values):
+            rotations[layer] = None if _constant(keys) else _explain(keys, near, of_keys)
+        elif _constant(keys):
+            rotations[layer] = _explain(values, near, of_values)
+        else:
+            return _ABSOLUTE
 
-    try:
-        far_keys, _ = _cached_at(twin, [*near, far])
-        start, later = _logits_at(twin, 0), _logits_at(twin, far)
-    except Exception as error:
-        return f"its positions are limited ({type(error).__name__}: {error})"
-    for layer, layer_keys in keys.items():
-        if not _same(far_keys[layer][:-1], layer_keys):
-            return "its rotary frequencies depend on the length of the sequence"
-    if not _same(start, later):
-        return "its attention depends on absolute positions, not on distances alone"
-    return measured
+    start = _logits_at(twin, 0)
 
+    def unchanged_at(position: int) -> bool:
+        """Whether the model behaves at `position`, with nothing before it in the cache, as it does at the start."""
+        try:
+            _cached_at(twin, [0])  # a model whose frequencies depend on the length goes back to those of the start
+            later = _cached_at(twin, [*near, position])
+            return _same(_logits_at(twin, position), start, _MOVED_TOLERANCE) and all(
+                _same(later[layer][i][:-1], states) for layer in cached for i, states in enumerate(cached[layer])
+            )
+        except Exception:  # the end of a table of positions, by whatever name
+            return False
 
-def _explain(keys: Tensor, positions: list[int], candidates: list[Rotation]) -> Rotation | str | None:
-    """The rotation that turns `keys[0]` into every `keys[i]`; they stand at `positions`, of which the first is 0."""
-    if _same(keys, keys[:1].expand_as(keys)):
-        return None
-    for rotation in candidates:
-        if rotation.start + rotation.rotary_dim <= keys.shape[-1] and all(
-            _same(keys[i], rotation.turned(keys[0], position)) for i, position in enumerate(positions)
-        ):
-            return rotation
-    return "the cached keys do not turn by a rotary embedding of fixed frequencies alone"
+    if not unchanged_at(1):
+        return next((reason for reason in rotations.values() if isinstance(reason, str)), _LENGTH)
+    limit = _first_change(unchanged_at)
+    in_order = not _same(_logits_at(twin, 0, reverse=True), start, _ORDER_TOLERANCE)
+    return _Measured(rotations, in_order, limit)
 
 
-def _candidates(frequencies: list[Tensor], head_dims: set[int]) -> list[Rotation]:
-    """Every rotation that keys of `head_dims` dimensions could have: whole or partial, at the head or at the tail."""
+def _first_change(unchanged_at: Callable[[int], bool]) -> int:
+    """The first position of a changed behaviour, by bisection; `LAST_POSITION` if there is none before."""
+    if unchanged_at(LAST_POSITION - 1):
+        return LAST_POSITION
+    unchanged, changed = 1, LAST_POSITION - 1
+    while changed - unchanged > 1:
+        middle = (unchanged + changed) // 2
+        if unchanged_at(middle):
+            unchanged = middle
+        else:
+            changed = middle
+    return changed
+
+
+def _explain(states: Tensor, positions: list[int], candidates: list[Rotation]) -> Rotation | str:
+    """The rotation that turns `states[0]`, at position 0, into every `states[i]`, which stand at `positions`."""
+
+    def error(rotation: Rotation) -> float:
+        turned = torch.stack([rotation.turned(states[0], position) for position in positions])
+        return float((turned - states).norm() / states.norm())
+
+    # The best and not the first: two kinds of layers may have frequencies that differ by little.
+    fitting = [rotation for rotation in candidates if rotation.start + rotation.rotary_dim <= states.shape[-1]]
+    best = min(fitting, key=error, default=None)
+    if best is not None and error(best) < _TOLERANCE:
+        return best
+    return f"the cached states do not turn by a rotary embedding of fixed frequencies alone. {_BY_HAND}"
+
+
+def _candidates(frequencies: list[Tensor], head_dims: set[int], in_values: bool) -> list[Rotation]:
+    """Every rotation that states of `head_dims` dimensions could have: whole or partial, at the head or at the tail."""
     return [
-        Rotation(signed, start, interleaved)
+        Rotation(signed, start, interleaved, in_values)
         for inv_freq in frequencies
         for signed in (inv_freq, -inv_freq)
         for start in sorted({0} | {head_dim - 2 * inv_freq.numel() for head_dim in head_dims})
@@ -184,43 +273,142 @@ def _candidates(frequencies: list[Tensor], head_dims: set[int]) -> list[Rotation
     ]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    # Not `allclose`: NaN and infinity must count as different, and zero keys would hide any rotation.
-    return bool((a - b).norm() < _TOLERANCE * b.norm())
+def _frequencies(twin: PreTrainedModel) -> Iterator[Tensor]:
+    """What may be frequencies of a rotation: every vector among the buffers, and every table of sines and cosines."""
+    for buffer in twin.buffers():
+        if buffer.is_floating_point() and buffer.ndim == 1:
+            yield buffer.clone()
+        elif buffer.is_floating_point() and buffer.ndim == 2 and buffer.shape[0] > 1 and buffer.shape[1] % 2 == 0:
+            sin, cos = buffer.double().chunk(2, dim=1)
+            angles = torch.atan2(sin, cos)
+            # Each row at twice the position gives one more digit, once its full turns are known from the last one.
+            inv_freq, position = angles[1], 1
+            while 2 * position < len(angles):
+                position *= 2
+                turns = ((inv_freq * position - angles[position]) / math.tau).round()
+                inv_freq = (angles[position] + math.tau * turns) / position
+            yield inv_freq
+
+
+def _shortest_length(config: PreTrainedConfig) -> int:
+    """The shortest length that the config names, at most `_NEAR`."""
+    lengths = re.findall(r"'\w*(?:max_position|n_positions|max_seq|n_ctx)\w*': (\d+)", str(config.to_dict()))
+    return min([_NEAR, *(int(length) for length in lengths if int(length) > 1)])
+
+
+def _constant(states: Tensor) -> bool:
+    return _same(states, states[:1].expand_as(states))
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    # Not `allclose`: NaN and infinity must count as different, and zero states would hide any rotation.
+    return bool((a - b).norm() < tolerance * b.norm())
+
+
+def _shrink(config: PreTrainedConfig) -> None:
+    """Make everything small that positions cannot depend on."""
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id") and value is not None:
+            setattr(config, name, [0] if isinstance(value, list) else 0)
+        elif "vocab_size" in name and isinstance(value, int):
+            setattr(config, name, 8)
+        elif re.search(r"(intermediate|ffn|ffn_hidden|expert)_(size|dim)$|^n_inner$", name) and value is not None:
+            setattr(config, name, [32] * len(value) if isinstance(value, list) else 32)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            if re.search(r"hidden_size_per_layer_input$|^laurel_rank$", name):
+                setattr(config, name, min(value, 32))
+            elif re.search(r"num_(local_|routed_)?experts$|^n_routed_experts$|^moe_num_experts$", name):
+                setattr(config, name, min(value, 4))
+            elif re.search(r"experts_per_tok$|^(moe_)?top_?k(_experts)?$", name):
+                setattr(config, name, min(value, 2))
+            elif name in ("n_group", "topk_group"):
+                setattr(config, name, 1)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def _to_heads(config: PreTrainedConfig, num_heads: int) -> None:
+    head_dim = getattr(config, "head_dim", None)
+    derived = config.hidden_size // config.num_attention_heads
+    # A head dimension of its own is kept by itself.
+    config.hidden_size = num_heads * (derived if head_dim in (None, derived) else 64)
+    config.num_attention_heads = num_heads
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, num_heads)
+
+
+def _to_one_head(config: PreTrainedConfig) -> None:
+    _to_heads(config, 1)
+
+
+def _to_four_heads(config: PreTrainedConfig) -> None:
+    _to_heads(config, 4)
+
+
+def _to_one_group(config: PreTrainedConfig) -> None:
+    """Divide the width and every number of heads by the same, for models that tie other sizes to these."""
+    heads = {
+        name: value
+        for name, value in config.to_dict().items()
+        if re.search(r"(^|_)(num|n)_.*heads$|_n_heads$", name) and isinstance(value, int) and value > 0
+    }
+    divisor = math.gcd(config.hidden_size, config.num_attention_heads, *heads.values())
+    for name, value in heads.items():
+        setattr(config, name, value // divisor)
+    config.num_attention_heads = heads.get("num_attention_heads", config.num_attention_heads) // divisor
+    config.hidden_size //= divisor
 
 
 def _build_twin(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model's own class with every layer in place and the size of one attention head; random weights.
+    """The model's own class for `config`, with random weights."""
 
-    What the rotation depends on, the head dimension and all rotary settings, is kept.
-    """
-    for name, value in config.to_dict().items():
-        if name.endswith("intermediate_size") and isinstance(value, int):
-            setattr(config, name, min(value, 16))
-        elif name.endswith("_token_id"):
-            setattr(config, name, None)  # it would lie outside the small vocabulary
-    config.hidden_size //= config.num_attention_heads
-    config.num_attention_heads = 1
-    if getattr(config, "num_key_value_heads", None) is not None:
-        config.num_key_value_heads = 1
-    config.vocab_size = 8
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    twin: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(0)
-    for weight in twin.parameters():
-        # Vectors as well, norms among them: a norm after the rotation commutes with it only while all its weights are
-        # equal, as they are in a fresh model and never in a trained one.
-        if weight.ndim == 1:
-            weight.uniform_(0.5, 1.5, generator=generator)
-        else:
-            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    def build() -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
+        return model
+
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in build().parameters())
+    if size > _LARGEST_TWIN:
+        raise ValueError(f"the twin would have {size / 1e6:,.0f} million weights")
+    with _OwnRandomness():
+        twin = build()
+        for weight in twin.parameters():
+            # Vectors as well, norms among them: a norm after the rotation commutes with it only while all its weights
+            # are equal, as they are in a fresh model and never in a trained one.
+            if weight.ndim == 1:
+                weight.uniform_(0.5, 1.5)
+            else:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
     twin.eval()
     return twin
 
 
-def _cached_at(twin: PreTrainedModel, positions: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Keys and values, `[positions, heads, 1, head_dim]` by layer, that one token leaves in the cache at `positions`.
+class _OwnRandomness(TorchFunctionMode):
+    """Draws all random numbers from a generator of its own, so that neither the caller nor other threads notice."""
+
+    # By name: transformers puts functions of its own in the place of those of `torch.nn.init`.
+    _DRAWS = frozenset({
+        "bernoulli", "bernoulli_", "exponential_", "kaiming_normal_", "kaiming_uniform_", "multinomial", "normal",
+        "normal_", "orthogonal_", "rand", "randint", "randn", "random_", "randperm", "trunc_normal_", "uniform_",
+        "xavier_normal_", "xavier_uniform_",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._DRAWS and kwargs.get("generator") is None:
+            kwargs = {**kwargs, "generator": self.generator}
+        return func(*args, **kwargs)
+
+
+def _cached_at(twin: PreTrainedModel, positions: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """By layer, keys and values `[positions, heads, 1, head_dim]` that one token leaves in the cache at `positions`.
 
     Each position is a sequence of its own with nothing before it, so that position alone tells the rows apart.
     """
@@ -231,32 +419,47 @@ def _cached_at(twin: PreTrainedModel, positions: list[int]) -> tuple[dict[int, T
         past_key_values=cache,
         use_cache=True,
     )
+    return {i: (layer.keys, layer.values) for i, layer in _attention_layers(cache).items()}
+
+
+def _attention_layers(cache: DynamicCache) -> dict[int, Any]:
     layers: dict[int, Any] = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
-    cached = {i: layer for i, layer in layers.items() if layer.keys is not None}
-    return {i: layer.keys for i, layer in cached.items()}, {i: layer.values for i, layer in cached.items()}
+    return {i: layer for i, layer in layers.items() if layer.keys is not None}
 
 
-def _logits_at(twin: PreTrainedModel, position: int) -> Tensor:
-    """Logits `[1, 6, vocab]` of tokens that all stand at `position`, after a cache that has seen and lost as many."""
-    tokens = torch.arange(1, 7)[None]
+def _logits_at(twin: PreTrainedModel, position: int, reverse: bool = False) -> Tensor:
+    """Logits of the last of six tokens that all stand at `position`, with a cache that has seen and lost as many.
+
+    With `reverse`, the cached tokens change places before the last one is read: no key moves, only its slot.
+    """
     cache = _LostCache(twin.config, position)
-    output = twin(
-        input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True
-    )
-    logits: Tensor = output.logits
+    for tokens in torch.arange(1, 7)[None].split(5, dim=1):
+        seen = cache.get_seq_length() + tokens.shape[1]
+        output = twin(
+            input_ids=tokens,
+            # As `generate` gives it, over all that was ever seen; a model that reads it shows so early.
+            attention_mask=tokens.new_ones(1, seen) if seen < _NEAR else None,
+            position_ids=torch.full_like(tokens, position),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if reverse:
+            for layer in _attention_layers(cache).values():
+                layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
+    logits: Tensor = output.logits[:, -1]
     return logits
 
 
 class _LostCache(DynamicCache):
-    """An empty cache that counts `seen` tokens as seen: what a sink cache is to a model, in the extreme."""
+    """A cache that has seen `lost` tokens more than it holds: what a sink cache is to a model, in the extreme."""
 
-    def __init__(self, config: PreTrainedConfig, seen: int) -> None:
+    def __init__(self, config: PreTrainedConfig, lost: int) -> None:
         super().__init__(config=config)
-        self.seen = seen
+        self.lost = lost
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen + super().get_seq_length(layer_idx)
+        return self.lost + super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         kv_length, kv_offset = super().get_mask_sizes(query_length, layer_idx)
-        return kv_length, self.seen + kv_offset
+        return kv_length, self.lost + kv_offset
