@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types architectures bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -19,6 +19,10 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
+
+# Every registered model type; fails if one is wrong, crashes, or was exact before.
+architectures: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.architectures
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.update_cost

@@ -2,12 +2,13 @@
 
 Walks the registry, builds each model type tiny and random, and compares a SinkCache with a statement of truth that
 needs no reference code: in a model with one layer a token's cached state depends on that token alone, so that its
-logits must be those of the same model, without any cache, on the kept tokens alone. Exits with 1 if any is wrong.
+logits must be those of the same model, without any cache, on the kept tokens alone. Fails if a type is wrong, crashes,
+or was exact before; --write records the verdicts and writes docs/architectures.md.
 """
 
 import argparse
-import concurrent.futures
 import json
+import multiprocessing
 import re
 import signal
 import sys
@@ -29,7 +30,10 @@ from attention_sinks.cache import SinkLayer
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
 VOCAB_SIZE = 64
+CHUNKS = [1, 7, 1, 12, 3, 1, 9, 5, 1, 8]
 SECONDS = 120
+LARGEST_MODEL = 20_000_000
+RESULTS = Path(__file__).parent / "architectures.json"
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 # Sizes by the names that configs use; a name is applied where a config has it.
@@ -44,14 +48,16 @@ SIZES: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_head_dim": 16, "mamba_num_heads": 8, "mamba_d_state": 16,
     "mamba_d_ssm": 128, "mamba_n_groups": 1, "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "sliding_window": 4096, "attention_chunk_size": 4096,
-    "global_head_dim": 16, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8,
+    "global_head_dim": 16, "rotary_dim": 8, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB_SIZE, "laurel_rank": 8, "mamba_dt_rank": 8, "lru_width": 64,
+    "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "attention_window_size": 4096,
 }  # fmt: skip
 # One layer of full attention, by the names that configs of hybrid models use for it.
 ONE_LAYER: dict[str, Any] = {
     "num_hidden_layers": 1, "layer_types": ["full_attention"], "layers_block_type": ["attention"],
     "attn_layer_period": 1, "attn_layer_offset": 0, "full_attention_interval": 1, "attn_layer_indices": [0],
-    "no_rope_layers": [1], "hybrid_override_pattern": "*", "full_attn_idxs": [0],
+    "no_rope_layers": [1], "hybrid_override_pattern": "*", "full_attn_idxs": [0], "block_types": ["attention"],
 }  # fmt: skip
 SEVERAL_LAYERS: dict[str, Any] = {"num_hidden_layers": 4}
 # Changes tried one after the other until a model builds and runs; None leaves the default of the config.
@@ -66,7 +72,6 @@ VARIANTS: list[dict[str, Any]] = [
     {"n_routed_experts": None, "num_experts": None, "num_local_experts": None, "n_group": None, "topk_group": None},
     {"num_experts_per_tok": None, "moe_topk": None},
     {"hidden_size": None, "num_attention_heads": None, "num_key_value_heads": None, "head_dim": None},
-    dict.fromkeys(SIZES),
 ]
 
 
@@ -74,7 +79,11 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
     """Random models of a type, as small as its config lets them be; yields nothing for a variant that fails."""
     defaults: Any = CONFIG_MAPPING[model_type]()
     text: Any = defaults.get_text_config(decoder=True)
-    known = {*text.to_dict(), *text.attribute_map}
+    known = {
+        name
+        for name in (*text.to_dict(), *text.attribute_map)
+        if not isinstance(getattr(type(text), name, None), property)
+    }
     tokens = {
         name: [0] if isinstance(value, list) else 0
         for name, value in text.to_dict().items()
@@ -88,7 +97,9 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
             if text is not defaults and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 config = type(defaults)(text_config=config)
             model = build(config)
-            model(random_ids(3))
+            cache = DynamicCache(config=model.config)
+            for chunk in random_ids(6).split([2, 1, 3], dim=1):
+                model(chunk, past_key_values=cache)
         except Exception:  # whatever the code of a model raises on sizes it was not made for
             continue
         yield model
@@ -96,6 +107,10 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
 
 def build(config: Any) -> Any:
     """A random model whose attention is sharp enough that a wrong position shows; no two weights are equal."""
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST_MODEL:
+        raise ValueError(f"{size:,} weights are not tiny")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -116,14 +131,30 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
+def agrees_with_itself(model: Any) -> bool:
+    """Whether a model gives through a DynamicCache, in chunks, what it gives without a cache."""
+    ids, cache, seen = random_ids(24), DynamicCache(config=model.config), 0
+    expected = model(ids, use_cache=False).logits
+    for chunk in CHUNKS[:5]:
+        positions = torch.arange(seen, seen + chunk)[None]
+        logits = model(ids[:, seen : seen + chunk], position_ids=positions, past_key_values=cache).logits
+        if relative_error(logits, expected[:, seen : seen + chunk]) > 1e-3:
+            return False
+        seen += chunk
+    return True
+
+
+@torch.no_grad()
 def one_layer_error(model: Any) -> float:
     """The worst logit of a stream twice round the ring, by tokens and by chunks, against the kept tokens alone."""
     length = 3 * WINDOW_LENGTH
     ids, worst = random_ids(length), 0.0
-    for chunks in ([1] * length, [1, 7, 1, 12, 3, 1, 9, 5, 1, 8]):
+    for chunks in ([1] * length, CHUNKS):
         cache, seen = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS), 0
         for chunk in chunks:
-            logits = model(ids[:, seen : seen + chunk], past_key_values=cache).logits
+            # Given as `generate` gives them: not every model counts on by itself.
+            positions = torch.arange(seen, seen + chunk)[None]
+            logits = model(ids[:, seen : seen + chunk], position_ids=positions, past_key_values=cache).logits
             surplus = max(seen + 1 - WINDOW_LENGTH, 0)
             held = [t for t in range(seen) if not NUM_SINK_TOKENS <= t < NUM_SINK_TOKENS + surplus]
             expected = model(ids[:, held + list(range(seen, seen + chunk))], use_cache=False).logits[:, -chunk:]
@@ -138,8 +169,9 @@ def several_layers_error(model: Any) -> float:
     ids = random_ids(WINDOW_LENGTH)
     cache, other = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS), DynamicCache(config=model.config)
     worst = 0.0
-    for chunk in ids.split([5, 1, 1, 4, 1, 1, 3], dim=1):
-        logits, expected = (model(chunk, past_key_values=each).logits for each in (cache, other))
+    positions = torch.arange(WINDOW_LENGTH)[None]
+    for chunk, places in zip(*(x.split([5, 1, 1, 4, 1, 1, 3], dim=1) for x in (ids, positions)), strict=True):
+        logits, expected = (model(chunk, position_ids=places, past_key_values=x).logits for x in (cache, other))
         worst = max(worst, relative_error(logits, expected))
     cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
     output = model.generate(ids, past_key_values=cache, max_new_tokens=30, min_new_tokens=30, use_cache=True)
@@ -163,7 +195,7 @@ def judge(model_type: str) -> dict[str, Any]:
     except NotImplementedError as error:
         reason = re.sub(r"\s+", " ", str(error)).partition(f"{_quoted(error)}: ")[2] or str(error)
         row |= {"verdict": "refused", "note": reason.partition(" If its keys do turn")[0]}
-    except TimeoutError:
+    except _OutOfTime:
         row |= {"note": f"after {SECONDS} s"}
     except Exception as error:
         row |= {"verdict": "crash", "note": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:150]}
@@ -177,14 +209,23 @@ def _quoted(error: Exception) -> str:
     return found[1] if found else "'"
 
 
+class _OutOfTime(BaseException):
+    """Passes every `except Exception`."""
+
+
 def _out_of_time(*_: object) -> None:
-    raise TimeoutError
+    raise _OutOfTime
 
 
 def _judge(model_type: str) -> dict[str, Any]:
-    defaults = CONFIG_MAPPING[model_type]()
+    try:
+        defaults = CONFIG_MAPPING[model_type]()
+    except Exception as error:
+        return {"note": re.sub(r"\s+", " ", f"its default config fails: {error}")[:150]}
     if defaults.is_encoder_decoder:
         SinkCache(defaults)
+    row: dict[str, str] = {}
+    doubt = "has no form with one layer, where the proof holds"
     refusal: NotImplementedError | None = None
     for model in tiny_models(model_type, ONE_LAYER):
         try:
@@ -194,42 +235,88 @@ def _judge(model_type: str) -> dict[str, Any]:
             continue
         except ValueError:
             continue  # no layer of this variant attends further back than the window
-        if not isinstance(cache.layers[0], SinkLayer):
-            continue
-        worst = one_layer_error(model)
-        break
-    else:
-        if refusal is not None:
-            raise refusal
-        SinkCache(defaults)  # may know a reason
-        return {}
-    row = {"verdict": "exact" if worst < 1e-3 else "wrong", "error": f"{worst:.0e}"}
-    row["note"] = "in order" if cache.layers[0].in_order else ""
+        if len(cache) == 1 and not agrees_with_itself(model):
+            doubt = "its logits through a DynamicCache differ from those without a cache"
+        elif len(cache) == 1:
+            worst = one_layer_error(model)
+            row = {"verdict": "exact" if worst < 1e-3 else "wrong", "error": f"{worst:.0e}"}
+            row["note"] = "tokens are kept in order" if cache.layers[0].in_order else ""
+            break
+    if not row and refusal is not None:
+        raise refusal
     for model in tiny_models(model_type, SEVERAL_LAYERS):
         cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
+        row = row or {"verdict": "unproven", "note": doubt}
         kinds = Counter("ring" if isinstance(x, SinkLayer) else type(x).__name__ for x in cache.layers)
         row["layers"] = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         if several_layers_error(model) > 1e-4:
-            row |= {"verdict": "wrong", "note": "differs from DynamicCache below the window"}
+            row |= {"verdict": "wrong", "note": "differs from a DynamicCache below the window"}
         break
+    if not row:
+        SinkCache(defaults)  # may know a reason
     return row
+
+
+def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
+    """docs/architectures.md from the rows of every version of transformers that was swept, the newest first."""
+    versions = sorted(results, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+    newest = results[versions[0]]
+    lines = [
+        "# Architectures",
+        "",
+        "Every causal language model that `transformers` registers, built tiny and random and judged by",
+        "`python -m benchmarks.architectures`.",
+        "",
+        "- *Exact*: through a full cache, twice round its ring, token by token and in chunks, the logits of a",
+        "  one-layer model are those of the same model without a cache on the kept tokens alone (worst error on the",
+        "  scale of the logits); several layers equal a `DynamicCache` below the window and generate past it.",
+        "- *Refused*: `SinkCache(config)` raises a `NotImplementedError` with this reason.",
+        "- *Unproven*: accepted, equal to a `DynamicCache` below the window and generating past it, but without a form",
+        "  of one layer, where the proof holds.",
+        "",
+        "",
+    ]
+    for version in versions:
+        counts = Counter(row["verdict"] for row in results[version].values())
+        lines.append(f"- transformers {version}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+    lines += ["", "| model type | " + " | ".join(versions) + " | layers | worst error | note |"]
+    lines.append("|---" * (len(versions) + 4) + "|")
+    for model_type in sorted({model_type for rows in results.values() for model_type in rows}):
+        verdicts = [results[version].get(model_type, {}).get("verdict", "-") for version in versions]
+        row = newest.get(model_type) or next(rows[model_type] for rows in results.values() if model_type in rows)
+        cells = [model_type, *verdicts, row["layers"], row["error"], row["note"].replace("|", "/")]
+        lines.append("| " + " | ".join(cells) + " |")
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types (default: all)")
-    parser.add_argument("--json", type=Path, help="write the rows to a file")
+    parser.add_argument("--write", action="store_true", help="write the table of this version of transformers")
     options = parser.parse_args()
     types = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    with concurrent.futures.ProcessPoolExecutor(max_workers=2, max_tasks_per_child=20) as pool:
-        rows = []
-        for row in pool.map(judge, types):
-            rows.append(row)
+    rows: dict[str, dict[str, str]] = {}
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=20) as pool:
+        for row in pool.imap_unordered(judge, types):
             print(" | ".join(str(value) for value in row.values()), flush=True)
-    print(Counter(row["verdict"] for row in rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    sys.exit(any(row["verdict"] in ("wrong", "crash") for row in rows))
+            rows[row.pop("type")] = row
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = results.get(transformers.__version__, {})
+    failed = [name for name, row in rows.items() if row["verdict"] in ("wrong", "crash")]
+    worse = [
+        name
+        for name, row in rows.items()
+        if row["verdict"] != "exact" and known.get(name, {}).get("verdict") == "exact"
+    ]
+    if options.write:
+        results[transformers.__version__] = {**known, **dict(sorted(rows.items()))}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        write_page(results)
+    counts = Counter(row["verdict"] for row in rows.values())
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
+    if failed or worse:
+        sys.exit(f"wrong or crashed: {', '.join(failed) or 'none'}; worse than before: {', '.join(worse) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,48 @@ def test_a_cache_is_continued_with_the_whole_conversation() -> None:
     assert torch.equal(second, model.generate(follow_up, past_key_values=again, **options))
 
 
+def test_beams_below_the_window_are_those_of_a_dynamic_cache() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(random_ids(10), past_key_values=DynamicCache(config=model.config), **options)
+    output: Any = sink_generate(model, random_ids(10), window_length=64, **options)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 5}, {"assistant_model": True}])
+def test_speculative_decoding_below_the_window_is_greedy(options: dict[str, Any]) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    if "assistant_model" in options:
+        options = {"assistant_model": tiny_model("llama", num_hidden_layers=1)}
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10] * 3])
+    plain: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 96, "pad_token_id": 96}
+    greedy = model.generate(ids, **plain)
+    output: Any = sink_generate(model, ids, window_length=64, **plain, **options)
+    assert torch.equal(output, greedy)
+
+
+def test_padding_is_refused_even_where_only_generate_would_infer_it() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    ids = random_ids(8).clamp(min=1)
+    ids[0, 5] = 0
+    with pytest.raises(ValueError, match="`attention_mask` must be all ones, got padding"):
+        sink_generate(model, ids, pad_token_id=0, eos_token_id=96)
+    sink_generate(model, ids, pad_token_id=0, eos_token_id=96, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+
+
+def test_what_is_not_supported_yet_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(NotImplementedError, match="`prefill_chunk_size` is not supported yet, got 4"):
+        sink_generate(model, random_ids(8), prefill_chunk_size=4)
+
+
+def test_a_cache_that_the_generation_config_asks_for_is_overruled() -> None:
+    model = build_model(build_config("llama", num_hidden_layers=1))
+    model.generation_config.cache_implementation = "static"
+    output: Any = sink_generate(model, random_ids(5), window_length=8, max_new_tokens=9, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, SinkCache)
+
+
 def test_sampling_beams_and_several_sequences_run_past_the_window() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     for options in ({"do_sample": True}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):

@@ -240,6 +240,7 @@ class SinkLayer(CacheLayerMixin):
         self.in_order = in_order
         self.seen = 0
         self.shift = 0
+        self.sinks = torch.empty(0)
         self._turned = 0  # the shift to which the sinks are turned in their slots
 
     @property

@@ -7,6 +7,7 @@ as it did at the start; whatever is not understood is refused.
 """
 
 import copy
+import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 
 
@@ -214,12 +221,13 @@ def _measure_twin(twin: PreTrainedModel, longest: int) -> _Measured | str:
 
     start = _logits_at(twin, 0)
 
-    def unchanged_at(position: int) -> bool:
+    def unchanged_at(position: int, tolerance: float = _MOVED_TOLERANCE) -> bool:
         """Whether the model behaves at `position`, with nothing before it in the cache, as it does at the start."""
+        # A copy, but for its weights: frequencies that depend on the length are changed in place.
+        copied = copy.deepcopy(twin, {id(weight): weight for weight in twin.parameters()})
         try:
-            _cached_at(twin, [0])  # a model whose frequencies depend on the length goes back to those of the start
-            later = _cached_at(twin, [*near, position])
-            return _same(_logits_at(twin, position), start, _MOVED_TOLERANCE) and all(
+            later = _cached_at(copied, [*near, position])
+            return _same(_logits_at(copied, position), start, tolerance) and all(
                 _same(later[layer][i][:-1], states) for layer in cached for i, states in enumerate(cached[layer])
             )
         except Exception:  # the end of a table of positions, by whatever name
@@ -228,6 +236,8 @@ def _measure_twin(twin: PreTrainedModel, longest: int) -> _Measured | str:
     if not unchanged_at(1):
         return next((reason for reason in rotations.values() if isinstance(reason, str)), _LENGTH)
     limit = _first_change(unchanged_at)
+    if not unchanged_at(limit - 1, _MOVED_TOLERANCE / 2):  # no jump at the limit, a slope that leads there
+        return _LENGTH
     in_order = not _same(_logits_at(twin, 0, reverse=True), start, _ORDER_TOLERANCE)
     return _Measured(rotations, in_order, limit)
 
@@ -330,8 +340,12 @@ def _shrink(config: PreTrainedConfig) -> None:
 def _to_heads(config: PreTrainedConfig, num_heads: int) -> None:
     head_dim = getattr(config, "head_dim", None)
     derived = config.hidden_size // config.num_attention_heads
-    # A head dimension of its own is kept by itself.
-    config.hidden_size = num_heads * (derived if head_dim in (None, derived) else 64)
+    # A head dimension of its own is kept by itself. Other widths may be tied to the hidden size.
+    hidden_size = num_heads * (derived if head_dim in (None, derived) else 64)
+    for name, value in config.to_dict().items():
+        if name.endswith(("width", "hidden_size")) and value == config.hidden_size:
+            setattr(config, name, hidden_size)
+    config.hidden_size = hidden_size
     config.num_attention_heads = num_heads
     for name in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, name, None) is not None:
@@ -363,10 +377,10 @@ def _to_one_group(config: PreTrainedConfig) -> None:
 def _build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     """The model's own class for `config`, with random weights."""
 
+    model_class = _model_class(config)
+
     def build() -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-        )
+        model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
         return model
 
     with torch.device("meta"):
@@ -384,6 +398,18 @@ def _build_twin(config: PreTrainedConfig) -> PreTrainedModel:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
     twin.eval()
     return twin
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The causal language model of a config: the registered one, or that of the module beside the config's own."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    for value in vars(module).values():
+        generates = isinstance(value, type) and issubclass(value, GenerationMixin)
+        if generates and getattr(value, "config_class", None) is type(config):
+            return value
+    raise TypeError(f"no model that generates is known for {type(config).__name__}")
 
 
 class _OwnRandomness(TorchFunctionMode):
