@@ -6,6 +6,7 @@ a rotation that explains every key is accepted, and only a model that then behav
 as it did at the start; whatever is not understood is refused.
 """
 
+import contextlib
 import copy
 import importlib
 import math
@@ -172,8 +173,9 @@ class _Measured:
 def _measure(key: _Key) -> _Measured | str:
     """What a twin shows. A str says why the whole model is refused, in `rotations` why a layer is."""
     # Nothing of the caller's is used or changed: random state, default device, autocast, gradient and inference mode.
+    on_cpu = torch.get_default_device().type == "cpu"  # the context costs time on every call of torch
     with (
-        torch.device("cpu"),
+        contextlib.nullcontext() if on_cpu else torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
         torch.inference_mode(False),
         torch.no_grad(),
@@ -235,17 +237,18 @@ def _measure_twin(twin: PreTrainedModel, longest: int) -> _Measured | str:
 
     if not unchanged_at(1):
         return next((reason for reason in rotations.values() if isinstance(reason, str)), _LENGTH)
-    limit = _first_change(unchanged_at)
-    if not unchanged_at(limit - 1, _MOVED_TOLERANCE / 2):  # no jump at the limit, a slope that leads there
-        return _LENGTH
+    limit = LAST_POSITION
+    if not unchanged_at(LAST_POSITION - 1):
+        limit = _first_change(unchanged_at)
+        # A change must be a jump; a slope that leads there was a dependence from the start.
+        if not unchanged_at(limit - 1, _MOVED_TOLERANCE / 2):
+            return _LENGTH
     in_order = not _same(_logits_at(twin, 0, reverse=True), start, _ORDER_TOLERANCE)
     return _Measured(rotations, in_order, limit)
 
 
 def _first_change(unchanged_at: Callable[[int], bool]) -> int:
-    """The first position of a changed behaviour, by bisection; `LAST_POSITION` if there is none before."""
-    if unchanged_at(LAST_POSITION - 1):
-        return LAST_POSITION
+    """The first position of a changed behaviour, by bisection: unchanged at 1, changed at the last."""
     unchanged, changed = 1, LAST_POSITION - 1
     while changed - unchanged > 1:
         middle = (unchanged + changed) // 2
