@@ -274,7 +274,6 @@ def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
         "- *Unproven*: accepted, equal to a `DynamicCache` below the window and generating past it, but without a form",
         "  of one layer, where the proof holds.",
         "",
-        "",
     ]
     for version in versions:
         counts = Counter(row["verdict"] for row in results[version].values())
