@@ -448,6 +448,21 @@ def test_a_refused_prompt_leaves_no_layer_behind() -> None:
 
 
 @torch.no_grad()
+def test_another_batch_or_dtype_is_refused_before_a_layer_of_another_kind_takes_it() -> None:
+    model = mixed_model()
+    cache, untouched, ids = SinkCache(model.config, 16, 4), SinkCache(model.config, 16, 4), random_ids(30)
+    for each in (cache, untouched):
+        model(ids[:, :20], past_key_values=each)
+    with pytest.raises(ValueError, match=r"must keep batch size and dtype, 1 and torch.float32, got the shape \[3, "):
+        model(random_ids(1, batch_size=3), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"must keep batch size and dtype, .* in torch.float64"):
+        mixed_model().double()(ids[:, :1], past_key_values=cache)
+    for token in ids[:, 20:].split(1, dim=1):
+        expected = model(token, past_key_values=untouched).logits
+        assert torch.equal(model(token, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
 def test_mixed_layers_crop_together_or_not_at_all() -> None:
     model, ids = mixed_model(), random_ids(40)
     cache, expected = SinkCache(model.config, 16, 4), DynamicCache(config=model.config)
@@ -534,4 +549,3 @@ def test_every_method_of_the_interface_is_implemented_or_inherited_knowingly() -
                 assert known or name == "supports_early_init", f"{interface.__name__}.{name}"
     assert SinkCache(CONFIG).get_max_length() == SinkCache(CONFIG).get_max_cache_shape() == 256
     assert not SinkCache(CONFIG).is_compileable
-    assert isinstance(DynamicCache(config=CONFIG), Cache)

@@ -142,7 +142,16 @@ class SinkCache(Cache):
         layer = self.layers[layer_idx]
         seen = layer.get_seq_length()
         self._check_limit(seen, key_states.shape[2])
-        if layer is self._first_ring and seen != self._last_ring.seen:
+        ring = self._first_ring
+        if not isinstance(layer, SinkLayer) and ring.is_initialized:
+            # A layer of another kind may come first, and would take what the rings refuse.
+            batch_size, dtype = ring.keys.shape[0], ring.keys.dtype
+            if key_states.shape[0] != batch_size or key_states.dtype != dtype:
+                raise ValueError(
+                    f"`key_states` must keep batch size and dtype, {batch_size} and {dtype}, got the shape "
+                    f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
+                )
+        if layer is ring and seen != self._last_ring.seen:
             raise RuntimeError(
                 f"A forward pass was interrupted: layer {layer_idx} has seen {seen} tokens and others "
                 f"{self._last_ring.seen}. Start a new stream with `reset()`."

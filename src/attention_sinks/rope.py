@@ -184,7 +184,7 @@ def _measure(key: _Key) -> _Measured | str:
         for shrink in (_to_one_head, _to_four_heads, _to_one_group):
             outcomes: list[_Measured | str] = []
             # Far positions tell frequencies apart best, but a model may not have them.
-            for longest in (_NEAR, _shortest_length(key.config)):
+            for longest in sorted({_NEAR, _shortest_length(key.config)}, reverse=True):
                 try:
                     config = copy.deepcopy(key.config)
                     _shrink(config)
