@@ -13,6 +13,21 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+try:
+    from transformers.cache_utils import (
+        DynamicIndexedLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionLayer,
+    )
+except ImportError:  # early transformers 5 has no such layers
+
+    class _Absent(CacheLayerMixin): ...
+
+    DynamicIndexedLayer = LinearAttentionLayer = _Absent  # type: ignore[misc,assignment]
+    LinearAttentionAndFullAttentionLayer = _Absent  # type: ignore[misc,assignment]
+    LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
+
 from .rope import Positions, Rotation, derive_positions
 
 DEFAULT_WINDOW_LENGTH = 256
@@ -94,18 +109,29 @@ class SinkCache(Cache):
         if rotation is None:
             positions = derive_positions(config, ring_layers)
         else:
+            if any(isinstance(layers[i], DynamicIndexedLayer) for i in ring_layers):
+                raise NotImplementedError(
+                    f"`rotation` cannot say how the indexers of this {config.model_type!r} model turn; leave it out."
+                )
             positions = Positions(dict.fromkeys(ring_layers, rotation))
         if positions.limit <= window_length:
             raise ValueError(
                 f"`window_length` must be below {positions.limit}, where this {config.model_type!r} model ends or "
                 f"changes its behaviour, got {window_length}."
             )
-        phases = {rotation: _Phase(rotation) for rotation in positions.rotations.values() if rotation is not None}
+        ring_layers = list(positions.rotations)
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
-        for i, rotation in positions.rotations.items():
-            phase = phases[rotation] if rotation is not None else None
-            layers[i] = SinkLayer(window_length, num_sink_tokens, phase, positions.in_order)
+        turned = {*positions.rotations.values(), *positions.indexers.values()} - {None}
+        phases: dict[Rotation | None, _Phase | None] = {None: None, **{r: _Phase(r) for r in turned if r is not None}}
+        for i in ring_layers:
+            ring = window_length, num_sink_tokens, phases[positions.rotations[i]], positions.in_order
+            if isinstance(layers[i], LinearAttentionLayer):
+                layers[i] = HybridSinkLayer(*ring, number_of_states=layers[i].number_of_states)
+            elif isinstance(layers[i], DynamicIndexedLayer):
+                layers[i] = IndexedSinkLayer(*ring, phases[positions.indexers.get(i)])
+            else:
+                layers[i] = SinkLayer(*ring)
         super().__init__(layers=layers)
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
@@ -212,7 +238,7 @@ class SinkCache(Cache):
         removed = self._first_ring.seen - self._first_ring.length_after_crop(tokens_to_remove)
         # The rings, which cannot refuse now, last: other layers may. They read 0 as a length in early 5.x, and as a
         # call to forget what they recorded later.
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, SinkLayer)):
+        for layer in sorted(self.layers, key=lambda layer: type(layer) in (SinkLayer, IndexedSinkLayer)):
             if removed > 0 or getattr(layer, "record_past", False):
                 try:
                     layer.crop(-removed)
@@ -238,18 +264,27 @@ class SinkLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
     sinks: Tensor
+    dtype: Any
+    device: Any
     is_sliding = False
     is_croppable = False  # past the window a crop leaves a trace
 
-    def __init__(self, window_length: int, num_sink_tokens: int, phase: "_Phase | None", in_order: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(
+        self, window_length: int, num_sink_tokens: int, phase: "_Phase | None", in_order: bool, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self.phase = phase
         self.in_order = in_order
+        SinkLayer.reset(self)
+
+    def reset(self) -> None:
+        # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
+        self.keys = self.values = self.sinks = None  # type: ignore[assignment]
+        self.is_initialized = False
         self.seen = 0
         self.shift = 0
-        self.sinks = torch.empty(0)
         self._turned = 0  # the shift to which the sinks are turned in their slots
 
     @property
@@ -302,16 +337,20 @@ class SinkLayer(CacheLayerMixin):
         in_slot_order = seen <= self.window_length and shift == 0
         full_ring = query_length == 1 and seen - shift == self.window_length and not self.in_order
         # Views would be written over before a backward pass reads them. Under autograd the new states are handed on
-        # themselves, the kept ones as constants.
+        # themselves, the kept ones as constants; the order is the same.
         if (in_slot_order or full_ring) and not torch.is_grad_enabled():
             self._write(key_states, value_states)
             kept = seen - shift
             returned = self.keys[:, :, :kept], self.values[:, :, :kept]
         else:
-            returned = (
-                torch.cat([*self._in_order(self.keys, shift), key_states], dim=-2),
-                torch.cat([*self._in_order(self.values, shift), value_states], dim=-2),
-            )
+            slot = self._slot(self.seen)
+
+            def joined(slots: Tensor, states: Tensor) -> Tensor:
+                if full_ring:
+                    return torch.cat([slots[:, :, :slot], states, slots[:, :, slot + 1 :]], dim=2)
+                return torch.cat([*self._in_order(slots, shift), states], dim=2)
+
+            returned = joined(self.keys, key_states), joined(self.values, value_states)
             self._write(key_states, value_states)
         self.shift = self._shift_of(seen)
         self.seen = seen
@@ -398,10 +437,6 @@ class SinkLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         self.seen = self.length_after_crop(tokens_to_remove)
 
-    def reset(self) -> None:
-        # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
-        self.__init__(self.window_length, self.num_sink_tokens, self.phase, self.in_order)  # type: ignore[misc]
-
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             with torch.inference_mode(False):
@@ -417,6 +452,88 @@ class SinkLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map_batch(lambda states: states[indices])
+
+
+class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
+    """A `SinkLayer` beside the states of a linear attention or a convolution, whose size is constant by itself."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # With keys and values by position for the ring, with states by name for the other.
+        (SinkLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        SinkLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)  # refuses what it cannot take back
+        SinkLayer.crop(self, tokens_to_remove)
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        super()._map_batch(function)
+        for states in (self.conv_states, self.recurrent_states):
+            for i, state in states.items():
+                if state is not None:
+                    states[i] = function(state)
+
+
+class IndexedSinkLayer(SinkLayer):
+    """A `SinkLayer` with a second ring, of the keys by which an indexer selects tokens (DeepSeek sparse attention).
+
+    Args:
+        indexer_phase: turns the sinks among the indexer's keys; None if these carry no position.
+    """
+
+    def __init__(
+        self,
+        window_length: int,
+        num_sink_tokens: int,
+        phase: "_Phase | None",
+        in_order: bool,
+        indexer_phase: "_Phase | None",
+    ) -> None:
+        self.indexer = SinkLayer(window_length, num_sink_tokens, indexer_phase, in_order)
+        self._position_shape: torch.Size | None = None
+        super().__init__(window_length, num_sink_tokens, phase, in_order)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.indexer.is_initialized and self.indexer.seen not in (self.seen, self.seen + key_states.shape[2]):
+            raise RuntimeError(
+                f"A forward pass was interrupted: a layer has seen {self.seen} tokens and its indexer "
+                f"{self.indexer.seen}. Start a new stream with `reset()`."
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Store the indexer's keys `[batch_size, query_length, index_head_dim]`; returns those of all kept tokens."""
+        states = indexer_key_states[:, None]
+        return self.indexer.update(states, states[..., :0])[0][:, 0]
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of the kept tokens before the coming update, `[position_dims, batch_size, kept]`: contiguous."""
+        if self._position_shape is None or self.seen == 0:
+            return None
+        positions = torch.arange(self._shift_of(self.seen + 1), self.seen, device=self.device)
+        position_dims, batch_size = self._position_shape
+        return positions.expand(position_dims, batch_size if batch_size == 1 else self.keys.shape[0], -1)
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, position_ids: Tensor) -> None:
+        # The positions are known; how the model shapes them is not.
+        self._position_shape = position_ids.shape[:-1]
+
+    def reset(self) -> None:
+        self.indexer.reset()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.indexer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.indexer._map_batch(function)
+        super()._map_batch(function)
 
 
 class _Phase:
@@ -440,18 +557,19 @@ class _Phase:
 
 def _becomes_ring(layer: Any, layer_idx: int, config: PreTrainedConfig, window_length: int) -> bool:
     """Whether a layer of `DynamicCache(config=config)` attends further back than `window_length` tokens."""
-    if type(layer) is DynamicLayer:
+    if type(layer) in (DynamicLayer, DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer):
         return True
-    if type(layer) is DynamicSlidingWindowLayer:
+    if type(layer) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
         layer_types = getattr(config, "layer_types", None)
         # Chunked layers share the class; their chunks start at absolute positions.
         chunked = layer_types is not None and layer_types[layer_idx] == "chunked_attention"
         chunked |= layer_types is None and getattr(config, "sliding_window", None) is None
-        return layer.sliding_window > window_length and not chunked
+        wider: bool = layer.sliding_window > window_length
+        return wider and not chunked
     if isinstance(layer, DynamicLayer):
         raise NotImplementedError(
             f"SinkCache does not support the model type {config.model_type!r}: layer {layer_idx} keeps its tokens in a "
-            f"{type(layer).__name__}, which cannot be bounded yet."
+            f"{type(layer).__name__}, a form of its own, from which single tokens cannot be evicted."
         )
     return False
 

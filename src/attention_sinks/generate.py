@@ -1,5 +1,6 @@
 """`sink_generate`: `model.generate` with a `SinkCache`."""
 
+import re
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
+
+_NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
 def sink_generate(
@@ -58,6 +61,12 @@ def sink_generate(
             f"`use_cache` must be True, got {generate_kwargs['use_cache']!r}: the window is a property of the cache."
         )
     _check_padding(model, inputs, generate_kwargs)
+    seen = [name for name, value in generate_kwargs.items() if value is not None and re.search(_NOT_TEXT, name)]
+    if seen and "mrope_section" in str(model.config.to_dict()):
+        raise NotImplementedError(
+            f"`{seen[0]}` is not supported: this {model.config.model_type!r} model gives images positions in several "
+            "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
+        )
     if generate_kwargs.get("prefill_chunk_size") is not None:
         raise NotImplementedError(
             f"`prefill_chunk_size` is not supported yet, got {generate_kwargs['prefill_chunk_size']!r}: later tokens "

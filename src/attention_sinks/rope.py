@@ -105,34 +105,48 @@ class Positions:
 
     Args:
         rotations: by layer, the rotation of its cached states; None if they carry no position.
+        indexers: the same of the keys that the indexer of a layer caches (DeepSeek sparse attention).
         in_order: whether attention counts distances by the order of the cached tokens (ALiBi).
         limit: how many positions there are before the model ends or changes its behaviour.
+        masked: whether the model runs with a mask over all tokens seen, as padded batches need it.
     """
 
     rotations: dict[int, Rotation | None]
+    indexers: dict[int, Rotation | None] = field(default_factory=dict)
     in_order: bool = False
     limit: int = LAST_POSITION
+    masked: bool = True
 
 
 def derive_positions(config: PreTrainedConfig, layers: Iterable[int]) -> Positions:
     """How the model that `config` describes tells positions apart, as far as its `layers` are concerned.
 
+    Layers that no text reaches, those with cross-attention to images for instance, are left out.
+
     Raises:
         NotImplementedError: naming the model type and the reason, if the cached states of a layer do not turn by a
             rotation of fixed frequencies, or if attention depends on more than the distances of the cached tokens.
     """
+    names = {*config.to_dict(), *config.attribute_map}
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and "num_attention_heads" not in names:
+        raise NotImplementedError(
+            f"SinkCache does not support the model type {config.model_type!r}: it has no attention heads."
+        )
     measured = _measure(_Key(type(config), str(config.to_dict()), config))
     if isinstance(measured, str):
         raise NotImplementedError(f"SinkCache does not support the model type {config.model_type!r}: {measured}")
     rotations: dict[int, Rotation | None] = {}
-    for layer in layers:
-        rotation = measured.rotations.get(layer, "no keys reach the cache.")
-        if isinstance(rotation, str):
-            raise NotImplementedError(
-                f"SinkCache does not support the model type {config.model_type!r}: in layer {layer} {rotation}"
-            )
-        rotations[layer] = rotation
-    return Positions(rotations, measured.in_order, measured.limit)
+    indexers: dict[int, Rotation | None] = {}
+    for layer in measured.rotations.keys() & layers:
+        for known, found in ((rotations, measured.rotations), (indexers, measured.indexers)):
+            rotation = found.get(layer)
+            if isinstance(rotation, str):
+                raise NotImplementedError(
+                    f"SinkCache does not support the model type {config.model_type!r}: in layer {layer} {rotation}"
+                )
+            if layer in found:
+                known[layer] = rotation
+    return Positions(rotations, indexers, measured.in_order, measured.limit, measured.masked)
 
 
 _BY_HAND = (
@@ -143,6 +157,7 @@ _ABSOLUTE = (
     "its cached states depend on absolute positions, added to the tokens before they are cached, and cannot be moved."
 )
 _LENGTH = "its attention depends on absolute positions or on the number of tokens seen, not on distances alone."
+_WHOLE_STREAM = "it needs a key for every token seen: with a cache that holds fewer it fails ({error})."
 
 # Errors of rounding stay below 1e-4 of the twin's float32 states at these positions; other frequencies or another
 # pairing give errors near 1.
@@ -165,8 +180,10 @@ class _Key:
 @dataclass(frozen=True)
 class _Measured:
     rotations: dict[int, Rotation | str | None]
+    indexers: dict[int, Rotation | str | None]
     in_order: bool
     limit: int
+    masked: bool
 
 
 @lru_cache(maxsize=32)
@@ -181,70 +198,100 @@ def _measure(key: _Key) -> _Measured | str:
         torch.no_grad(),
     ):
         failures: list[str] = []
-        for shrink in (_to_one_head, _to_four_heads, _to_one_group):
+        for shrink in (_to_one_head, _to_four_heads, _to_one_group, _to_one_head_each):
             outcomes: list[_Measured | str] = []
             # Far positions tell frequencies apart best, but a model may not have them.
             for longest in sorted({_NEAR, _shortest_length(key.config)}, reverse=True):
                 try:
                     config = copy.deepcopy(key.config)
                     _shrink(config)
-                    shrink(config)
-                    measured = _measure_twin(_build_twin(config), longest)
+                    measured = _measure_twin(_build_twin(shrink(config)), longest)
                 except Exception as error:  # whatever the code of a model raises on sizes it was not made for
-                    failures.append(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}"))
+                    failures.append(_one_line(error))
                     continue
                 if isinstance(measured, _Measured) and not any(isinstance(r, str) for r in measured.rotations.values()):
                     return measured
                 outcomes.append(measured)
             if outcomes:
                 return outcomes[-1]
-        return f"its positions could not be measured on a small twin ({failures[0]:.200}). {_BY_HAND}"
+        return f"its positions could not be measured on a small twin ({failures[0]}). {_BY_HAND}"
 
 
-def _measure_twin(twin: PreTrainedModel, longest: int) -> _Measured | str:
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+
+
+def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _Measured | str:
     near = sorted({0, min(1, longest - 1), longest // 2, longest - 1})
     # Read now: a model whose frequencies depend on the length replaces them on the way.
     frequencies: list[Tensor] = []
     for inv_freq in _frequencies(twin):
         if not any(torch.equal(inv_freq, other) for other in frequencies):
             frequencies.append(inv_freq)
-    cached = _cached_at(twin, near)
+    start, rows = _logits_at(twin, 0, masked), _cached_at(twin, near)
+    again = _cached_at(twin, near)
+    if not all(_same(*both) for i in rows for both in zip(again[i], rows[i], strict=True) if both[0].numel() > 0):
+        return "it keeps a state in the model itself, where no cache can hold or bound it."
+
+    def later(position: int) -> tuple[Tensor, dict[int, list[Tensor]]]:
+        """What the model does at `position`, with nothing before it in the cache."""
+        # A copy, but for its weights: frequencies that depend on the length are changed in place.
+        copied = copy.deepcopy(twin, {id(weight): weight for weight in twin.parameters()})
+        rows_later = _cached_at(copied, [*near, position])
+        return _logits_at(copied, position, masked), rows_later
+
+    def unchanged(logits: Tensor, rows_later: dict[int, list[Tensor]], tolerance: float = _MOVED_TOLERANCE) -> bool:
+        """Whether that is what it does at the start."""
+        return _same(logits, start, tolerance) and all(
+            _same(later[:-1], states)
+            for i in rows
+            for later, states in zip(rows_later[i], rows[i], strict=True)
+            if states.numel() > 0
+        )
+
+    def unchanged_at(position: int, tolerance: float = _MOVED_TOLERANCE) -> bool:
+        try:
+            return unchanged(*later(position), tolerance)
+        except Exception:  # the end of a table of positions, by whatever name
+            return False
+
+    try:
+        at_once = later(1)
+    except Exception as error:
+        # `generate` gives no mask to a batch without padding.
+        return _measure_twin(twin, longest, masked=False) if masked else _WHOLE_STREAM.format(error=_one_line(error))
+
+    # One by one, as `generate` comes to a position: a model may read it from the cache and not from `position_ids`.
+    each = [_cached_at(twin, [position], lost=position) for position in near]
+    cached = {i: [torch.cat(states) for states in zip(*(one[i] for one in each), strict=True)] for i in each[0]}
+    if not cached:
+        return "no keys reach the cache."
     head_dims = {states.shape[-1] for layer in cached.values() for states in layer}
     # Made once, so that layers with the same rotation share one object.
     of_keys, of_values = (_candidates(frequencies, head_dims, in_values) for in_values in (False, True))
     rotations: dict[int, Rotation | str | None] = {}
-    for layer, (keys, values) in cached.items():
+    indexers: dict[int, Rotation | str | None] = {}
+    for layer, (keys, values, *indexed) in cached.items():
         if _constant(values):
             rotations[layer] = None if _constant(keys) else _explain(keys, near, of_keys)
         elif _constant(keys):
             rotations[layer] = _explain(values, near, of_values)
         else:
             return _ABSOLUTE
-
-    start = _logits_at(twin, 0)
-
-    def unchanged_at(position: int, tolerance: float = _MOVED_TOLERANCE) -> bool:
-        """Whether the model behaves at `position`, with nothing before it in the cache, as it does at the start."""
-        # A copy, but for its weights: frequencies that depend on the length are changed in place.
-        copied = copy.deepcopy(twin, {id(weight): weight for weight in twin.parameters()})
-        try:
-            later = _cached_at(copied, [*near, position])
-            return _same(_logits_at(copied, position), start, tolerance) and all(
-                _same(later[layer][i][:-1], states) for layer in cached for i, states in enumerate(cached[layer])
-            )
-        except Exception:  # the end of a table of positions, by whatever name
-            return False
-
-    if not unchanged_at(1):
-        return next((reason for reason in rotations.values() if isinstance(reason, str)), _LENGTH)
+        for keys in indexed:
+            indexers[layer] = None if _constant(keys) else _explain(keys, near, of_keys)
+    if not unchanged(*at_once):
+        return _LENGTH
     limit = LAST_POSITION
     if not unchanged_at(LAST_POSITION - 1):
         limit = _first_change(unchanged_at)
         # A change must be a jump; a slope that leads there was a dependence from the start.
         if not unchanged_at(limit - 1, _MOVED_TOLERANCE / 2):
             return _LENGTH
-    in_order = not _same(_logits_at(twin, 0, reverse=True), start, _ORDER_TOLERANCE)
-    return _Measured(rotations, in_order, limit)
+    in_order = not _same(_logits_at(twin, 0, masked, reverse=True), start, _ORDER_TOLERANCE)
+    # An indexer that keeps positions pools the keys of neighbours.
+    in_order |= any(getattr(layer, "indexer_position_ids", None) is not None for layer in _run_at(twin, [0]).layers)
+    return _Measured(rotations, indexers, in_order, limit, masked)
 
 
 def _first_change(unchanged_at: Callable[[int], bool]) -> int:
@@ -288,7 +335,7 @@ def _candidates(frequencies: list[Tensor], head_dims: set[int], in_values: bool)
 
 def _frequencies(twin: PreTrainedModel) -> Iterator[Tensor]:
     """What may be frequencies of a rotation: every vector among the buffers, and every table of sines and cosines."""
-    for buffer in twin.buffers():
+    for buffer in (*twin.buffers(), *(weight for weight in twin.parameters() if not weight.requires_grad)):
         if buffer.is_floating_point() and buffer.ndim == 1:
             yield buffer.clone()
         elif buffer.is_floating_point() and buffer.ndim == 2 and buffer.shape[0] > 1 and buffer.shape[1] % 2 == 0:
@@ -310,7 +357,7 @@ def _shortest_length(config: PreTrainedConfig) -> int:
 
 
 def _constant(states: Tensor) -> bool:
-    return _same(states, states[:1].expand_as(states))
+    return states.numel() == 0 or _same(states, states[:1].expand_as(states))
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float = _TOLERANCE) -> bool:
@@ -325,45 +372,63 @@ def _shrink(config: PreTrainedConfig) -> None:
             setattr(config, name, [0] if isinstance(value, list) else 0)
         elif "vocab_size" in name and isinstance(value, int):
             setattr(config, name, 8)
-        elif re.search(r"(intermediate|ffn|ffn_hidden|expert)_(size|dim)$|^n_inner$", name) and value is not None:
+        elif name == "n_inner" or (re.search(r"(intermediate|ffn|ffn_hidden|expert)_(size|dim)$", name) and value):
             setattr(config, name, [32] * len(value) if isinstance(value, list) else 32)
         elif isinstance(value, int) and not isinstance(value, bool):
             if re.search(r"hidden_size_per_layer_input$|^laurel_rank$", name):
                 setattr(config, name, min(value, 32))
             elif re.search(r"num_(local_|routed_)?experts$|^n_routed_experts$|^moe_num_experts$", name):
                 setattr(config, name, min(value, 4))
-            elif re.search(r"experts_per_tok$|^(moe_)?top_?k(_experts)?$", name):
-                setattr(config, name, min(value, 2))
-            elif name in ("n_group", "topk_group"):
+            elif re.search(r"^linear_num_.*heads$", name):
                 setattr(config, name, 1)
+            elif re.search(r"experts?_per_tok(en)?$|^(moe_)?(top_?)?k(_experts)?$", name):
+                setattr(config, name, min(value, 2))
+            elif re.search(r"^(mamba_)?chunk_size$", name):
+                setattr(config, name, min(value, 8))
+            elif re.search(r"^(n|num|num_expert|topk)_groups?$", name):
+                setattr(config, name, 1)
+        elif isinstance(value, dict) and isinstance(tower := getattr(config, name), PreTrainedConfig):
+            # For images or sound, which the twin gets none of.
+            for depth in ("num_hidden_layers", "num_blocks", "depth"):
+                if isinstance(getattr(tower, depth, None), int):
+                    setattr(tower, depth, 1)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
 
 
-def _to_heads(config: PreTrainedConfig, num_heads: int) -> None:
+def _to_heads(config: PreTrainedConfig, num_heads: int) -> PreTrainedConfig:
     head_dim = getattr(config, "head_dim", None)
     derived = config.hidden_size // config.num_attention_heads
     # A head dimension of its own is kept by itself. Other widths may be tied to the hidden size.
-    hidden_size = num_heads * (derived if head_dim in (None, derived) else 64)
+    hidden_size, before = num_heads * (derived if head_dim in (None, derived) else 64), config.hidden_size
     for name, value in config.to_dict().items():
-        if name.endswith(("width", "hidden_size")) and value == config.hidden_size:
-            setattr(config, name, hidden_size)
-    config.hidden_size = hidden_size
+        if (name.endswith(("width", "hidden_size")) and value and value % before == 0) or name == "mamba_headdim":
+            setattr(config, name, hidden_size * value // before)
+    config.hidden_size = hidden_size  # by whatever name
     config.num_attention_heads = num_heads
     for name in ("num_key_value_heads", "num_kv_heads"):
         if getattr(config, name, None) is not None:
             setattr(config, name, num_heads)
+    return config
 
 
-def _to_one_head(config: PreTrainedConfig) -> None:
-    _to_heads(config, 1)
+def _to_one_head(config: PreTrainedConfig) -> PreTrainedConfig:
+    return _to_heads(config, 1)
 
 
-def _to_four_heads(config: PreTrainedConfig) -> None:
-    _to_heads(config, 4)
+def _to_four_heads(config: PreTrainedConfig) -> PreTrainedConfig:
+    return _to_heads(config, 4)
 
 
-def _to_one_group(config: PreTrainedConfig) -> None:
+def _to_one_head_each(config: PreTrainedConfig) -> PreTrainedConfig:
+    """For configs whose layers differ in their numbers of heads; these can only be made anew."""
+    settings = config.to_dict()
+    for values in (settings, *settings["per_layer_config"].values()):
+        values.update(dict.fromkeys(values.keys() & {"num_attention_heads", "num_key_value_heads"}, 1))
+    return type(config)(**{**settings, "hidden_size": 64})
+
+
+def _to_one_group(config: PreTrainedConfig) -> PreTrainedConfig:
     """Divide the width and every number of heads by the same, for models that tie other sizes to these."""
     heads = {
         name: value
@@ -375,6 +440,7 @@ def _to_one_group(config: PreTrainedConfig) -> None:
         setattr(config, name, value // divisor)
     config.num_attention_heads = heads.get("num_attention_heads", config.num_attention_heads) // divisor
     config.hidden_size //= divisor
+    return config
 
 
 def _build_twin(config: PreTrainedConfig) -> PreTrainedModel:
@@ -393,6 +459,8 @@ def _build_twin(config: PreTrainedConfig) -> PreTrainedModel:
     with _OwnRandomness():
         twin = build()
         for weight in twin.parameters():
+            if not weight.requires_grad:  # a table of fixed sines and cosines
+                continue
             # Vectors as well, norms among them: a norm after the rotation commutes with it only while all its weights
             # are equal, as they are in a fresh model and never in a trained one.
             if weight.ndim == 1:
@@ -436,19 +504,27 @@ class _OwnRandomness(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _cached_at(twin: PreTrainedModel, positions: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
-    """By layer, keys and values `[positions, heads, 1, head_dim]` that one token leaves in the cache at `positions`.
+def _run_at(twin: PreTrainedModel, positions: list[int], lost: int = 0) -> DynamicCache:
+    """A cache, one that had seen and lost `lost` tokens, in which the twin left one token at each of `positions`.
 
     Each position is a sequence of its own with nothing before it, so that position alone tells the rows apart.
     """
-    cache = DynamicCache(config=twin.config)
+    cache = _LostCache(twin.config, lost)
     twin(
         input_ids=torch.ones(len(positions), 1, dtype=torch.long),
         position_ids=torch.tensor(positions)[:, None],
         past_key_values=cache,
         use_cache=True,
     )
-    return {i: (layer.keys, layer.values) for i, layer in _attention_layers(cache).items()}
+    return cache
+
+
+def _cached_at(twin: PreTrainedModel, positions: list[int], lost: int = 0) -> dict[int, list[Tensor]]:
+    """By layer, the states `[positions, heads, 1, head_dim]` that `_run_at` leaves: keys, values, an indexer's keys."""
+    return {
+        i: [layer.keys, layer.values, *([layer.indexer_keys[:, None]] if _has_indexer(layer) else [])]
+        for i, layer in _attention_layers(_run_at(twin, positions, lost)).items()
+    }
 
 
 def _attention_layers(cache: DynamicCache) -> dict[int, Any]:
@@ -456,7 +532,11 @@ def _attention_layers(cache: DynamicCache) -> dict[int, Any]:
     return {i: layer for i, layer in layers.items() if layer.keys is not None}
 
 
-def _logits_at(twin: PreTrainedModel, position: int, reverse: bool = False) -> Tensor:
+def _has_indexer(layer: Any) -> bool:
+    return getattr(layer, "indexer_keys", None) is not None
+
+
+def _logits_at(twin: PreTrainedModel, position: int, masked: bool = True, reverse: bool = False) -> Tensor:
     """Logits of the last of six tokens that all stand at `position`, with a cache that has seen and lost as many.
 
     With `reverse`, the cached tokens change places before the last one is read: no key moves, only its slot.
@@ -467,7 +547,7 @@ def _logits_at(twin: PreTrainedModel, position: int, reverse: bool = False) -> T
         output = twin(
             input_ids=tokens,
             # As `generate` gives it, over all that was ever seen; a model that reads it shows so early.
-            attention_mask=tokens.new_ones(1, seen) if seen < _NEAR else None,
+            attention_mask=tokens.new_ones(1, seen) if masked and seen < _NEAR else None,
             position_ids=torch.full_like(tokens, position),
             past_key_values=cache,
             use_cache=True,
@@ -475,6 +555,8 @@ def _logits_at(twin: PreTrainedModel, position: int, reverse: bool = False) -> T
         if reverse:
             for layer in _attention_layers(cache).values():
                 layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
+                if _has_indexer(layer):
+                    layer.indexer_keys = layer.indexer_keys.flip(1)
     logits: Tensor = output.logits[:, -1]
     return logits
 
