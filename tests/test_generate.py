@@ -83,21 +83,6 @@ def test_speculative_decoding_below_the_window_is_greedy(options: dict[str, Any]
     assert torch.equal(output, greedy)
 
 
-def test_padding_is_refused_even_where_only_generate_would_infer_it() -> None:
-    model = tiny_model("llama", num_hidden_layers=1)
-    ids = random_ids(8).clamp(min=1)
-    ids[0, 5] = 0
-    with pytest.raises(ValueError, match="`attention_mask` must be all ones, got padding"):
-        sink_generate(model, ids, pad_token_id=0, eos_token_id=96)
-    sink_generate(model, ids, pad_token_id=0, eos_token_id=96, attention_mask=torch.ones_like(ids), max_new_tokens=2)
-
-
-def test_what_is_not_supported_yet_is_refused() -> None:
-    model = tiny_model("llama", num_hidden_layers=1)
-    with pytest.raises(NotImplementedError, match="`prefill_chunk_size` is not supported yet, got 4"):
-        sink_generate(model, random_ids(8), prefill_chunk_size=4)
-
-
 def test_a_cache_that_the_generation_config_asks_for_is_overruled() -> None:
     model = build_model(build_config("llama", num_hidden_layers=1))
     model.generation_config.cache_implementation = "static"
@@ -146,10 +131,6 @@ def test_bad_input_is_refused_before_anything_is_generated() -> None:
         sink_generate(model, ids, past_key_values=cache, num_sink_tokens=2)
     with pytest.raises(ValueError, match="`use_cache` must be True, got False"):
         sink_generate(model, ids, past_key_values=cache, use_cache=False)
-    mask = torch.ones_like(ids)
-    mask[1, 0] = 0
-    with pytest.raises(ValueError, match="`attention_mask` must be all ones"):
-        sink_generate(model, ids, past_key_values=cache, attention_mask=mask)
     with pytest.raises(ValueError, match="`window_length` must be at least 1, got 0"):
         sink_generate(model, ids, window_length=0)
     with pytest.raises(TypeError, match="`model` must be a transformers model that can generate, got str"):

@@ -91,7 +91,7 @@ def test_rows_of_a_batch_move_with_all_their_states(model: Any, operation: Any, 
 def test_a_reset_leaves_no_trace(model: Any) -> None:
     cache = new_cache(model)
     feed(model, cache, random_ids(30))
-    cache.reset()  # type: ignore[no-untyped-call]
+    cache.reset()
     ids = random_ids(30, seed=1)
     assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
 

@@ -5,7 +5,8 @@ born with and is never rewritten, an eviction overwrites one slot, and only the 
 pristine copy. Knows no model.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ except ImportError:  # early transformers 5 has no such layers
     LinearAttentionAndFullAttentionLayer = _Absent  # type: ignore[misc,assignment]
     LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
 
-from .rope import Positions, Rotation, derive_positions
+from .rope import LAST_POSITION, Positions, Rotation, derive_positions
+from .rows import Rows, spread, take
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -45,6 +47,7 @@ class SinkCache(Cache):
         num_sink_tokens: how many of the first tokens are never evicted; `0` is plain window attention.
         rotation: how the cached keys turn with their position, for models that cannot be measured, those with code of
             their own (`trust_remote_code`) for instance. Nothing is checked then.
+        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left.
 
     Layers whose own sliding window is at most `window_length` and layers without attention are those of `DynamicCache`.
 
@@ -68,6 +71,7 @@ class SinkCache(Cache):
         window_length: int = DEFAULT_WINDOW_LENGTH,
         num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
         rotation: Rotation | None = None,
+        attention_mask: Tensor | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(
@@ -122,14 +126,15 @@ class SinkCache(Cache):
         ring_layers = list(positions.rotations)
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
-        turned = {*positions.rotations.values(), *positions.indexers.values()} - {None}
-        phases: dict[Rotation | None, _Phase | None] = {None: None, **{r: _Phase(r) for r in turned if r is not None}}
+        self._masked = positions.masked
+        self._model_type = config.model_type
+        self.rows = Rows(window_length, num_sink_tokens, self._checked_pads(attention_mask))
         for i in ring_layers:
-            ring = window_length, num_sink_tokens, phases[positions.rotations[i]], positions.in_order
+            ring = self.rows, positions.rotations[i], positions.in_order
             if isinstance(layers[i], LinearAttentionLayer):
                 layers[i] = HybridSinkLayer(*ring, number_of_states=layers[i].number_of_states)
             elif isinstance(layers[i], DynamicIndexedLayer):
-                layers[i] = IndexedSinkLayer(*ring, phases[positions.indexers.get(i)])
+                layers[i] = IndexedSinkLayer(*ring, positions.indexers.get(i))
             else:
                 layers[i] = SinkLayer(*ring)
         super().__init__(layers=layers)
@@ -137,9 +142,19 @@ class SinkCache(Cache):
         self.num_sink_tokens = num_sink_tokens
         self._first_ring: SinkLayer = layers[ring_layers[0]]
         self._last_ring: SinkLayer = layers[ring_layers[-1]]
-        self._limit = positions.limit
+        self.position_limit = positions.limit
+        self._rebasable = positions.rebasable
         # `generate` puts all pads at position 0, so that their states are equal; where states rotate, no others are.
         self._padding_guard = next((i for i, rotation in positions.rotations.items() if rotation is not None), None)
+
+    def _checked_pads(self, attention_mask: Tensor | None) -> Tensor | None:
+        pads = _count_pads(attention_mask)
+        if pads is not None and not self._masked:
+            raise NotImplementedError(
+                f"`attention_mask` must not have padding: this {self._model_type!r} model builds its attention from a "
+                "mask over all tokens seen. Generate for prompts of equal length together, or one by one."
+            )
+        return pads
 
     @property
     def kept_length(self) -> int:
@@ -168,25 +183,35 @@ class SinkCache(Cache):
         layer = self.layers[layer_idx]
         seen = layer.get_seq_length()
         self._check_limit(seen, key_states.shape[2])
-        ring = self._first_ring
+        ring, batch_size = self._first_ring, key_states.shape[0]
         if not isinstance(layer, SinkLayer) and ring.is_initialized:
             # A layer of another kind may come first, and would take what the rings refuse.
-            batch_size, dtype = ring.keys.shape[0], ring.keys.dtype
-            if key_states.shape[0] != batch_size or key_states.dtype != dtype:
+            stored, dtype = ring.keys.shape[0], ring.keys.dtype
+            if batch_size != stored or key_states.dtype != dtype:
                 raise ValueError(
-                    f"`key_states` must keep batch size and dtype, {batch_size} and {dtype}, got the shape "
+                    f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
                     f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
                 )
-        if layer is ring and seen != self._last_ring.seen:
+        if layer is ring and seen != self._last_ring.get_seq_length():
             raise RuntimeError(
                 f"A forward pass was interrupted: layer {layer_idx} has seen {seen} tokens and others "
-                f"{self._last_ring.seen}. Start a new stream with `reset()`."
+                f"{self._last_ring.get_seq_length()}. Start a new stream with `reset()`."
             )
-        if layer_idx == self._padding_guard and seen == 0 and _starts_with_pads(key_states, value_states):
-            self.reset()  # type: ignore[no-untyped-call]  # layers before this one took the prompt already
+        if self.rows.pads is not None and len(self.rows.pads) != batch_size and not ring.is_initialized:
+            # Beams and several answers to a prompt repeat its row.
+            repeats, rest = divmod(batch_size, len(self.rows.pads))
+            if rest != 0:
+                raise ValueError(
+                    f"`attention_mask` must have a row for each of the {batch_size} sequences, or for each group of "
+                    f"equal length, got {len(self.rows.pads)}."
+                )
+            self.rows.map_batch(lambda pads: pads.repeat_interleave(repeats))
+        unannounced = layer_idx == self._padding_guard and seen == 0 and self.rows.pads is None
+        if unannounced and _starts_with_pads(key_states, value_states):
+            self.reset()  # layers before this one took the prompt already
             raise ValueError(
-                "`key_states` start with two equal tokens, as only padding does: SinkCache does not support padded "
-                "batches yet. Generate for prompts of equal length together, or one by one."
+                "`key_states` start with two equal tokens, as only padding does. Tell the cache of it: "
+                "`SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, which does."
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -197,7 +222,7 @@ class SinkCache(Cache):
             ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end, or
                 that crosses the last position at which the model behaves as at the start.
         """
-        self._check_limit(self._first_ring.seen, query_length)
+        self._check_limit(self.get_seq_length(), query_length)
         kv_length, kv_offset = super().get_mask_sizes(query_length, layer_idx)
         if kv_length > self._sliding_window and kv_length > query_length:
             raise ValueError(
@@ -208,11 +233,81 @@ class SinkCache(Cache):
         return kv_length, kv_offset
 
     def _check_limit(self, seen: int, query_length: int) -> None:
-        if seen + query_length > self._limit:
+        left = self.positions_left(seen)
+        if query_length > left:
             raise ValueError(
-                f"`query_length` must be at most {self._limit - seen} after {seen} tokens, got {query_length}: the "
-                f"model ends or changes its behaviour at position {self._limit}. Start a new stream with `reset()`."
+                f"`query_length` must be at most {left} after {seen} tokens, got {query_length}: the model ends or "
+                f"changes its behaviour at position {self.position_limit}. Call `sink_generate`, which winds positions "
+                "back where the model allows it, or start a new stream with `reset()`."
             )
+
+    def announce_padding(self, attention_mask: Tensor) -> None:
+        """Tell an empty cache of the padding of the first prompt, `[batch_size, prompt_length]`.
+
+        Raises:
+            ValueError: if the mask is not padded on the left, or if the cache is not empty.
+        """
+        if self.get_seq_length() > 0:
+            raise ValueError("`attention_mask` must be announced before the first prompt. Call `reset()` first.")
+        pads = self._checked_pads(attention_mask)
+        self.rows.__init__(self.window_length, self.num_sink_tokens, pads)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def windows(self, windowed: bool) -> Iterator[None]:
+        """Whether the update inside returns what lets every query of a chunk see exactly its own window."""
+        self.rows.windowed = windowed
+        try:
+            yield
+        finally:
+            self.rows.windowed = False
+
+    def positions_left(self, seen: int | None = None) -> int:
+        """How many tokens can follow the `seen` ones before the model ends or changes its behaviour."""
+        seen = self.get_seq_length() if seen is None else seen
+        # The row with the fewest pads is the furthest.
+        least_pads = self.rows.least_pads
+        return self.position_limit - (seen - least_pads - max(self.rows.base - least_pads, 0))
+
+    @property
+    def ends(self) -> bool:
+        """Whether the positions of the model end, or change their meaning, before float32 does."""
+        return self.position_limit < LAST_POSITION
+
+    @property
+    def can_rebase(self) -> bool:
+        """Whether positions can be wound back: the model reads them from `position_ids`, and all layers are rings."""
+        return self._rebasable and all(
+            isinstance(layer, SinkLayer) or not hasattr(layer, "keys") for layer in self.layers
+        )
+
+    def rebase(self) -> None:
+        """Wind the positions of all kept tokens back by the number of evicted ones.
+
+        From then on `position_ids` must be given to the model `position_offsets` lower. Attention sees no difference.
+
+        Raises:
+            NotImplementedError: if the model counts positions by itself or has layers that cannot be wound back.
+        """
+        if not self.can_rebase:
+            raise NotImplementedError(
+                "The positions of this model cannot be wound back: it does not read them from `position_ids` alone, or "
+                "has attention layers that are no rings. Start a new stream with `reset()`."
+            )
+        shift = max(self.rows.base, self.get_seq_length() - self.window_length)
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.rebase(shift)
+        self.rows.base = shift
+
+    @property
+    def position_offsets(self) -> int | Tensor:
+        """How far positions were wound back, for all rows or for each one, `[batch_size]`."""
+        return self.rows.offsets()
+
+    @property
+    def can_window(self) -> bool:
+        """Whether chunks can be read with a window for each of their tokens: all layers are plain rings."""
+        return all(type(layer) is SinkLayer and not layer.in_order for layer in self.layers)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """The most tokens that the cache, or its layer `layer_idx`, holds; -1 if that is unbounded."""
@@ -226,6 +321,26 @@ class SinkCache(Cache):
         """`get_max_length` by its name in early transformers 5."""
         return self.get_max_length(layer_idx)
 
+    def reset(self) -> None:
+        """Start a new stream, of another batch if need be, whose rows are not padded."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.rows.__init__(self.window_length, self.num_sink_tokens, None)  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows in the place of others: row `i` becomes a copy of row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.rows.map_batch(lambda pads: pads.index_select(0, beam_idx.to(pads.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.rows.map_batch(lambda pads: pads.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`."""
+        super().batch_select_indices(indices)
+        self.rows.map_batch(lambda pads: pads[indices.to(pads.device)])
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep, as in early 5.x.
 
@@ -235,7 +350,8 @@ class SinkCache(Cache):
         Raises:
             ValueError: if tokens to take back are not held any more. Nothing is changed then.
         """
-        removed = self._first_ring.seen - self._first_ring.length_after_crop(tokens_to_remove)
+        ring = self._first_ring
+        removed = ring.get_seq_length() - ring.length_after_crop(tokens_to_remove)
         # The rings, which cannot refuse now, last: other layers may. They read 0 as a length in early 5.x, and as a
         # call to forget what they recorded later.
         for layer in sorted(self.layers, key=lambda layer: type(layer) in (SinkLayer, IndexedSinkLayer)):
@@ -251,12 +367,11 @@ class SinkLayer(CacheLayerMixin):
 
     Token `t` lies in slot `t` if it is a sink and in slot `S + (t - S) % (W - S)` otherwise (W = `window_length`,
     S = `num_sink_tokens`). `seen` tokens were fed, `shift` of them were evicted, those from S on; the sinks act `shift`
-    positions further on than they were born.
+    positions further on than they were born. For the rows of a padded batch see `Rows`.
 
     Args:
-        window_length: the most tokens held.
-        num_sink_tokens: how many of the first ones are never evicted.
-        phase: turns the sinks; None if the cached states of the layer carry no position.
+        rows: what the layers of a cache share.
+        rotation: how the cached states turn; None if they carry no position.
         in_order: whether the tokens are always handed on in the order of their positions.
     """
 
@@ -269,13 +384,12 @@ class SinkLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False  # past the window a crop leaves a trace
 
-    def __init__(
-        self, window_length: int, num_sink_tokens: int, phase: "_Phase | None", in_order: bool, **kwargs: Any
-    ) -> None:
+    def __init__(self, rows: "Rows", rotation: Rotation | None, in_order: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        self.window_length = window_length
-        self.num_sink_tokens = num_sink_tokens
-        self.phase = phase
+        self.rows = rows
+        self.window_length = rows.window_length
+        self.num_sink_tokens = rows.num_sink_tokens
+        self.rotation = rotation
         self.in_order = in_order
         SinkLayer.reset(self)
 
@@ -285,14 +399,16 @@ class SinkLayer(CacheLayerMixin):
         self.is_initialized = False
         self.seen = 0
         self.shift = 0
-        self._turned = 0  # the shift to which the sinks are turned in their slots
+        self.record_past = False
+        self._recorded: tuple[Tensor, Tensor] | None = None  # the last states, not stored before the next call
+        self._turned: int | None = 0  # the shift to which the sinks are turned in their slots
 
     @property
     def kept_length(self) -> int:
-        return self.seen - self.shift
+        return min(self.get_seq_length() - self.shift, self.window_length)
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.seen + (0 if self._recorded is None else self._recorded[0].shape[2])
 
     def get_max_length(self) -> int:
         return self.window_length
@@ -300,8 +416,12 @@ class SinkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        kv_offset = self._shift_of(self.seen + min(query_length, 1))
-        return self.seen + query_length - kv_offset, kv_offset
+        seen = self.get_seq_length()
+        if self.rows.windowed:
+            kv_length = self.rows.windowed_length(seen, query_length)
+            return kv_length, seen + query_length - kv_length
+        kv_offset = self._shift_of(seen + min(query_length, 1))
+        return seen + query_length - kv_offset, kv_offset
 
     def _shift_of(self, seen: int) -> int:
         """The number of evicted tokens once `seen` were fed."""
@@ -312,9 +432,9 @@ class SinkLayer(CacheLayerMixin):
         with torch.inference_mode(False):
             self.keys = _empty_slots(key_states, self.window_length)
             self.values = _empty_slots(value_states, self.window_length)
-            if self.phase is not None:
+            if self.rotation is not None:
                 turning = self._turning(self.keys, self.values)
-                self.sinks = self.phase.rotation.complex_pairs(turning[:, :, : self.num_sink_tokens])
+                self.sinks = self.rotation.complex_pairs(turning[:, :, : self.num_sink_tokens])
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -328,8 +448,14 @@ class SinkLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check_like_first("key_states", key_states, self.keys)
         self._check_like_first("value_states", value_states, self.values)
+        self._store_recorded()
         query_length = key_states.shape[-2]
         seen = self.seen + query_length
+        if self.rows.windowed:
+            returned = self._windowed(key_states, value_states)
+            self.shift = self._shift_of(seen)
+            self.seen = seen
+            return returned
         # The shift of the first query counts for all of them; see get_mask_sizes.
         shift = self._shift_of(self.seen + min(query_length, 1))
         self._turn_sinks(shift)
@@ -338,23 +464,47 @@ class SinkLayer(CacheLayerMixin):
         full_ring = query_length == 1 and seen - shift == self.window_length and not self.in_order
         # Views would be written over before a backward pass reads them. Under autograd the new states are handed on
         # themselves, the kept ones as constants; the order is the same.
-        if (in_slot_order or full_ring) and not torch.is_grad_enabled():
+        if (in_slot_order or full_ring) and not (torch.is_grad_enabled() or self.record_past):
             self._write(key_states, value_states)
             kept = seen - shift
             returned = self.keys[:, :, :kept], self.values[:, :, :kept]
         else:
-            slot = self._slot(self.seen)
-
-            def joined(slots: Tensor, states: Tensor) -> Tensor:
-                if full_ring:
-                    return torch.cat([slots[:, :, :slot], states, slots[:, :, slot + 1 :]], dim=2)
-                return torch.cat([*self._in_order(slots, shift), states], dim=2)
-
-            returned = joined(self.keys, key_states), joined(self.values, value_states)
+            returned = self._joined(self.keys, key_states, shift), self._joined(self.values, value_states, shift)
+            if self.record_past:
+                self._recorded = key_states.detach(), value_states.detach()
+                return returned
             self._write(key_states, value_states)
         self.shift = self._shift_of(seen)
         self.seen = seen
         return returned
+
+    def _joined(self, slots: Tensor, states: Tensor, shift: int) -> Tensor:
+        """The held tokens, without the first `shift` that are no sinks, and new ones: always in the same order."""
+        full_ring = states.shape[2] == 1 and self.seen + 1 - shift == self.window_length and not self.in_order
+        if full_ring and shift > 0 and self.rows.pads is None:
+            slot = self._slot(self.seen)
+            return torch.cat([slots[:, :, :slot], states, slots[:, :, slot + 1 :]], dim=2)
+        return torch.cat([*self._in_order(slots, shift), states], dim=2)
+
+    def _windowed(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What `Rows.windowed` asks for: the sinks once per query, each copy turned for its query, then the rest."""
+        query_length = key_states.shape[2]
+        recent = self.rows.windowed_slots(self.seen, self.keys.device)
+        # Read before the new ones are written over them.
+        kept = take(self.keys, recent), take(self.values, recent)
+        self._write(key_states, value_states)
+        copies = []
+        for slots in (self.keys, self.values):
+            sinks = take(slots, self.rows.sink_slots(self.keys.device))[:, :, None].repeat(1, 1, query_length, 1, 1)
+            if self.rotation is not None and slots is self._turning(self.keys, self.values):
+                phase = self.rows.windowed_phase(self.rotation, self.seen, query_length, self.sinks)
+                self.rotation.pairs(sinks).copy_(torch.view_as_real(self.sinks[:, :, None] * phase))
+            copies.append(sinks.flatten(2, 3))
+        self._turned = None
+        return (
+            torch.cat([copies[0], kept[0], key_states], dim=2),
+            torch.cat([copies[1], kept[1], value_states], dim=2),
+        )
 
     def _check_like_first(self, name: str, states: Tensor, slots: Tensor) -> None:
         if states.shape[:2] != slots.shape[:2] or states.shape[3:] != slots.shape[3:]:
@@ -369,23 +519,43 @@ class SinkLayer(CacheLayerMixin):
             )
 
     def _turn_sinks(self, shift: int) -> None:
-        """Rotate the sinks in their slots `shift` positions forward from where they were born."""
-        if shift != self._turned and self.phase is not None:
-            turned = self.sinks * self.phase(shift, self.sinks.device, self.sinks.dtype)
-            slots = self._turning(self.keys, self.values)[:, :, : self.num_sink_tokens]
-            self.phase.rotation.pairs(slots).copy_(torch.view_as_real(turned))
-            self._turned = shift
+        """Rotate the sinks in their slots to where they act once `shift` tokens are evicted."""
+        if shift == self._turned or self.rotation is None:
+            return
+        turned = torch.view_as_real(self.sinks * self.rows.phase(self.rotation, shift, self.sinks))
+        slots = self._turning(self.keys, self.values)
+        if self.rows.pads is None:
+            self.rotation.pairs(slots[:, :, : self.num_sink_tokens]).copy_(turned)
+        else:
+            index = self.rows.sink_slots(slots.device)
+            sinks = take(slots, index)
+            self.rotation.pairs(sinks).copy_(turned)
+            slots.scatter_(2, spread(index, sinks), sinks)
+        self._turned = shift
+
+    def rebase(self, shift: int) -> None:
+        """Wind all states back, so that the first `shift` evicted tokens are no part of their positions any more."""
+        self._store_recorded()
+        if self.rotation is not None and self.is_initialized:
+            slots = self._turning(self.keys, self.values)
+            for slot in slots.split(1024, dim=2):  # in pieces, for the memory that complex numbers take
+                rotated = self.rotation.complex_pairs(slot)
+                turned = rotated * self.rows.phase(self.rotation, shift, rotated).conj()
+                self.rotation.pairs(slot).copy_(torch.view_as_real(turned))
+            self._turned = None
 
     def _turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Those of the two that carry the position."""
-        return value_states if self.phase is not None and self.phase.rotation.in_values else key_states
+        return value_states if self.rotation is not None and self.rotation.in_values else key_states
 
     def _slot(self, position: int) -> int:
         """The slot of the token at `position` that is no sink."""
         return self.num_sink_tokens + (position - self.num_sink_tokens) % (self.window_length - self.num_sink_tokens)
 
     def _in_order(self, slots: Tensor, shift: int) -> list[Tensor]:
-        """Views of the held tokens in the order of their positions, without the first `shift` that are no sinks."""
+        """The held tokens in the order of their positions, without the first `shift` that are no sinks."""
+        if self.rows.pads is not None:
+            return [take(slots, self.rows.ordered_slots(self.seen, self.seen - shift, slots.device))]
         num_sinks = min(self.num_sink_tokens, self.seen)
         num_recent = max(self.seen - shift - num_sinks, 0)
         first = self._slot(num_sinks + shift)
@@ -399,15 +569,18 @@ class SinkLayer(CacheLayerMixin):
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put the states of new tokens into their slots, over those of the tokens they evict."""
         key_states, value_states = key_states.detach(), value_states.detach()
+        if self.rows.pads is not None:
+            self._write_rows(key_states, value_states)
+            return
         query_length = key_states.shape[2]
         num_sinks = min(max(self.num_sink_tokens - self.seen, 0), query_length)
         if num_sinks > 0:
             born = slice(self.seen, self.seen + num_sinks)
             self.keys[:, :, born] = key_states[:, :, :num_sinks]
             self.values[:, :, born] = value_states[:, :, :num_sinks]
-            if self.phase is not None:
+            if self.rotation is not None:
                 turning = self._turning(key_states, value_states)[:, :, :num_sinks]
-                self.sinks[:, :, born] = self.phase.rotation.complex_pairs(turning)
+                self.sinks[:, :, born] = self.rotation.complex_pairs(turning)
         # Of a chunk longer than the ring only the last tokens stay.
         skipped = max(num_sinks, query_length - (self.window_length - self.num_sink_tokens))
         first = self._slot(self.seen + skipped)
@@ -418,30 +591,68 @@ class SinkLayer(CacheLayerMixin):
                 wrapped = states[:, :, skipped + straight :]
                 slots[:, :, self.num_sink_tokens : self.num_sink_tokens + wrapped.shape[2]] = wrapped
 
+    def _write_rows(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The same for rows with different padding, which lie in different slots."""
+        query_length, device = key_states.shape[2], key_states.device
+        if query_length == 1 and self.rows.all_sinks_seen(self.seen):
+            index = self.rows.new_slots(self.seen, device)
+            for slots, states in ((self.keys, key_states), (self.values, value_states)):
+                slots.scatter_(2, spread(index, states), states)
+            return
+        is_new, source = self.rows.sources(self.seen, query_length, self.window_length, device)
+        for slots, states in ((self.keys, key_states), (self.values, value_states)):
+            slots.copy_(torch.where(is_new[:, None, :, None], take(states, source), slots))
+        if self.rotation is not None:
+            is_new, source = self.rows.sources(self.seen, query_length, self.num_sink_tokens, device)
+            born = self.rotation.complex_pairs(take(self._turning(key_states, value_states), source))
+            self.sinks.copy_(torch.where(is_new[:, None, :, None], born, self.sinks))
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what each update evicts until the next call, so that `crop` can take the update back."""
+        self.record_past = True
+
+    def _store_recorded(self) -> None:
+        if self._recorded is not None:
+            key_states, value_states = self._recorded
+            self._recorded = None
+            self._write(key_states, value_states)
+            self.seen += key_states.shape[2]
+            self.shift = self._shift_of(self.seen)
+
     def length_after_crop(self, tokens_to_remove: int) -> int:
         """How many tokens will have been seen after `crop(tokens_to_remove)`.
 
         Raises:
             ValueError: if those to take back are not all held.
         """
-        seen = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
-        # Sinks can be taken back only before anything was evicted between them and the end.
+        now = self.get_seq_length()
+        seen = tokens_to_remove if tokens_to_remove > 0 else now + tokens_to_remove
+        # Sinks can be taken back only before anything was evicted between them and the end, and in a padded batch,
+        # whose rows evict at different times, nothing.
         least = self.shift + self.num_sink_tokens if self.shift > 0 else 0
+        if self.shift > 0 and self.rows.pads is not None:
+            least = self.seen
         if seen < least:
             raise ValueError(
-                f"`tokens_to_remove` must be at least {least - self.seen}, got {tokens_to_remove}: of the "
-                f"{self.seen} tokens seen the last {self.seen - least} are still held."
+                f"`tokens_to_remove` must be at least {least - now}, got {tokens_to_remove}: of the {now} tokens seen "
+                f"the last {now - least} can be taken back."
             )
-        return min(seen, self.seen)
+        return min(seen, now)
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.seen = self.length_after_crop(tokens_to_remove)
+        seen = self.length_after_crop(tokens_to_remove)
+        if self._recorded is not None:
+            accepted = max(seen - self.seen, 0)
+            self._recorded = self._recorded[0][:, :, :accepted], self._recorded[1][:, :, :accepted]
+            self._store_recorded()
+        self.seen = seen
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             with torch.inference_mode(False):
+                self._store_recorded()
                 self.keys, self.values = function(self.keys), function(self.values)
-                if self.phase is not None:
+                if self.rotation is not None:
                     self.sinks = function(self.sinks)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -481,26 +692,22 @@ class IndexedSinkLayer(SinkLayer):
     """A `SinkLayer` with a second ring, of the keys by which an indexer selects tokens (DeepSeek sparse attention).
 
     Args:
-        indexer_phase: turns the sinks among the indexer's keys; None if these carry no position.
+        indexer_rotation: how the indexer's keys turn; None if they carry no position.
     """
 
     def __init__(
-        self,
-        window_length: int,
-        num_sink_tokens: int,
-        phase: "_Phase | None",
-        in_order: bool,
-        indexer_phase: "_Phase | None",
+        self, rows: "Rows", rotation: Rotation | None, in_order: bool, indexer_rotation: Rotation | None
     ) -> None:
-        self.indexer = SinkLayer(window_length, num_sink_tokens, indexer_phase, in_order)
+        self.indexer = SinkLayer(rows, indexer_rotation, in_order)
         self._position_shape: torch.Size | None = None
-        super().__init__(window_length, num_sink_tokens, phase, in_order)
+        super().__init__(rows, rotation, in_order)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.indexer.is_initialized and self.indexer.seen not in (self.seen, self.seen + key_states.shape[2]):
+        seen, indexed = self.get_seq_length(), self.indexer.get_seq_length()
+        if self.indexer.is_initialized and indexed not in (seen, seen + key_states.shape[2]):
             raise RuntimeError(
-                f"A forward pass was interrupted: a layer has seen {self.seen} tokens and its indexer "
-                f"{self.indexer.seen}. Start a new stream with `reset()`."
+                f"A forward pass was interrupted: a layer has seen {seen} tokens and its indexer {indexed}. Start a "
+                "new stream with `reset()`."
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -512,9 +719,10 @@ class IndexedSinkLayer(SinkLayer):
     @property
     def indexer_position_ids(self) -> Tensor | None:
         """Positions of the kept tokens before the coming update, `[position_dims, batch_size, kept]`: contiguous."""
-        if self._position_shape is None or self.seen == 0:
+        seen = self.get_seq_length()
+        if self._position_shape is None or seen == 0:
             return None
-        positions = torch.arange(self._shift_of(self.seen + 1), self.seen, device=self.device)
+        positions = torch.arange(self._shift_of(seen + 1), seen, device=self.device)
         position_dims, batch_size = self._position_shape
         return positions.expand(position_dims, batch_size if batch_size == 1 else self.keys.shape[0], -1)
 
@@ -527,6 +735,10 @@ class IndexedSinkLayer(SinkLayer):
         self.indexer.reset()
         super().reset()
 
+    def activate_past_recording(self) -> None:
+        self.indexer.activate_past_recording()
+        super().activate_past_recording()
+
     def crop(self, tokens_to_remove: int) -> None:
         self.indexer.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -534,25 +746,6 @@ class IndexedSinkLayer(SinkLayer):
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         self.indexer._map_batch(function)
         super()._map_batch(function)
-
-
-class _Phase:
-    """The phase of a rotation at the shift of the current step: the first layer computes it, the others reuse it."""
-
-    def __init__(self, rotation: Rotation) -> None:
-        self.rotation = rotation
-        self._rotation_on: dict[torch.device, Rotation] = {}
-        self._last: tuple[tuple[int, torch.device, torch.dtype], Tensor] | None = None
-
-    def __call__(self, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The factors that turn sinks of `dtype` on `device` forward by `shift`, shape `[rotary_dim / 2]`."""
-        step = shift, device, dtype
-        if self._last is None or self._last[0] != step:
-            if device not in self._rotation_on:
-                # MPS has no float64.
-                self._rotation_on[device] = self.rotation.to(torch.device("cpu") if device.type == "mps" else device)
-            self._last = step, self._rotation_on[device].phase(shift, dtype).to(device)
-        return self._last[1]
 
 
 def _becomes_ring(layer: Any, layer_idx: int, config: PreTrainedConfig, window_length: int) -> bool:
@@ -577,6 +770,25 @@ def _becomes_ring(layer: Any, layer_idx: int, config: PreTrainedConfig, window_l
 def _empty_slots(states: Tensor, window_length: int) -> Tensor:
     batch_size, num_heads, _, head_dim = states.shape
     return states.new_zeros(batch_size, num_heads, window_length, head_dim)
+
+
+def _count_pads(attention_mask: Tensor | None) -> Tensor | None:
+    """How many pads each row of a mask `[batch_size, length]` begins with; None if it has none."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.is_complex():
+        shape = [*attention_mask.shape] if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"`attention_mask` must be a tensor of shape [batch_size, prompt_length], got {shape}.")
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("`attention_mask` must be 1 for tokens and 0 for padding, got other values.")
+    mask = attention_mask.long()
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all()) or not bool((mask[:, -1:] == 1).all()):
+        raise ValueError(
+            "`attention_mask` must be padded on the left: zeros, then ones, in every row. Set the tokenizer's "
+            "`padding_side` to 'left'. If the pad token is a word of the prompt, pass a mask of ones."
+        )
+    pads = mask.shape[1] - mask.sum(dim=1)
+    return pads if bool(pads.any()) else None
 
 
 def _starts_with_pads(key_states: Tensor, value_states: Tensor) -> bool:

@@ -1,34 +1,51 @@
-"""`sink_generate`: `model.generate` with a `SinkCache`."""
+"""`sink_generate`: `model.generate` with a `SinkCache`; `sink_prefill`: a text of any length through one, in chunks."""
 
+import contextlib
+import functools
+import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 
+# Sinks are repeated for every token of a chunk, so that wide chunks cost more than they save.
+DEFAULT_CHUNK_SIZE = 64
 _NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
 def sink_generate(
     model: PreTrainedModel,
-    inputs: torch.Tensor | None = None,
+    inputs: Tensor | None = None,
     *,
     window_length: int = DEFAULT_WINDOW_LENGTH,
     num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
     past_key_values: SinkCache | None = None,
+    prefill_chunk_size: int | None = None,
     **generate_kwargs: Any,
 ) -> GenerateOutput | torch.LongTensor:
     """Generate text of any length in constant memory: `model.generate` with a `SinkCache`.
+
+    Rows may be padded on the left. Where the positions of a model end or its behaviour changes, they are wound back.
 
     Args:
         model: a causal language model.
         inputs: the prompt, as `generate` takes it; `input_ids=` or `**tokenizer(...)` do as well.
         window_length: the most tokens a layer of the cache holds, sinks included.
         num_sink_tokens: how many of the first tokens are never evicted.
-        past_key_values: the `SinkCache` of an earlier call, to continue it; it keeps its own window.
+        past_key_values: the `SinkCache` of an earlier call, to continue it; it keeps its own window. The prompt is the
+            whole text so far, or only what is new.
+        prefill_chunk_size: read the prompt in chunks of so many tokens, each token with exactly its own window, as if
+            the prompt were fed token by token, in memory for `window_length + prefill_chunk_size` tokens. A prompt
+            longer than the model's `max_position_embeddings` is read so by default, a shorter one at once and with
+            full attention.
         generate_kwargs: anything else that `model.generate` takes.
 
     Returns:
@@ -40,61 +57,275 @@ def sink_generate(
     """
     if not isinstance(model, GenerationMixin):
         raise TypeError(f"`model` must be a transformers model that can generate, got {model.__class__.__name__}.")
-    if past_key_values is None:
-        past_key_values = SinkCache(model.config, window_length, num_sink_tokens)
-    elif not isinstance(past_key_values, SinkCache):
+    if not isinstance(past_key_values, SinkCache | None):
         raise TypeError(
             f"`past_key_values` must be a SinkCache, got {past_key_values.__class__.__name__}. Leave it out to start a "
             "new stream, or call `model.generate` for other caches."
         )
-    for name, value, default in (
-        ("window_length", window_length, DEFAULT_WINDOW_LENGTH),
-        ("num_sink_tokens", num_sink_tokens, DEFAULT_NUM_SINK_TOKENS),
-    ):
-        if value not in (default, getattr(past_key_values, name)):
-            raise ValueError(
-                f"`{name}` of a cache cannot change: got {name}={value} for `past_key_values` with "
-                f"{getattr(past_key_values, name)}. Leave it out to continue that cache."
-            )
     if generate_kwargs.setdefault("use_cache", True) is not True:
         raise ValueError(
             f"`use_cache` must be True, got {generate_kwargs['use_cache']!r}: the window is a property of the cache."
         )
-    _check_padding(model, inputs, generate_kwargs)
+    if generate_kwargs.get("cache_implementation") is not None:
+        raise ValueError(
+            f"`cache_implementation` must be left out, got {generate_kwargs['cache_implementation']!r}: the cache is a "
+            "SinkCache."
+        )
+    if prefill_chunk_size is not None:
+        _check_chunk_size(prefill_chunk_size)
     seen = [name for name, value in generate_kwargs.items() if value is not None and re.search(_NOT_TEXT, name)]
     if seen and "mrope_section" in str(model.config.to_dict()):
         raise NotImplementedError(
             f"`{seen[0]}` is not supported: this {model.config.model_type!r} model gives images positions in several "
             "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
         )
-    if generate_kwargs.get("prefill_chunk_size") is not None:
-        raise NotImplementedError(
-            f"`prefill_chunk_size` is not supported yet, got {generate_kwargs['prefill_chunk_size']!r}: later tokens "
-            "of a chunk would see more than their window."
-        )
-    # The model's own settings may ask for another cache.
-    generate_kwargs.setdefault("cache_implementation", None)
     _check_frequencies(model)
-    return model.generate(inputs, past_key_values=past_key_values, **generate_kwargs)  # type: ignore[misc]
+    settings = generate_kwargs.get("generation_config") or model.generation_config
+    started = past_key_values is not None and past_key_values.get_seq_length() > 0
+    input_ids, attention_mask = _prompt_of(model, inputs, None if started else settings, generate_kwargs)
+    if past_key_values is None:
+        cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=attention_mask)
+    else:
+        cache = past_key_values
+        _check_continued(cache, window_length, num_sink_tokens)
+        if not started and attention_mask is not None:
+            cache.announce_padding(attention_mask)
+    # The model's own settings may ask for another cache, or for chunks that show each token more than its window.
+    generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
+    if input_ids is None and attention_mask is not None:
+        generate_kwargs["attention_mask"] = attention_mask
+
+    with _bounded_positions(model, cache):
+        if input_ids is not None:
+            attention_mask = _whole_mask(cache, input_ids, attention_mask)
+            generate_kwargs["attention_mask"] = attention_mask
+            fresh = attention_mask.shape[1] - cache.get_seq_length()
+            longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
+            chunk_size = prefill_chunk_size or settings.prefill_chunk_size
+            if chunk_size is None and fresh > min(longest, cache.positions_left()):
+                chunk_size = DEFAULT_CHUNK_SIZE if _can_window(model, cache) else 1
+            if chunk_size is not None and fresh > 1:
+                # The last token is left to `generate`.
+                for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, _last_logits_only(model)):
+                    pass
+                repeats = max(
+                    generate_kwargs.get(name) or getattr(settings, name) or 1
+                    for name in ("num_beams", "num_return_sequences")
+                )
+                if repeats > 1:
+                    cache.batch_repeat_interleave(repeats)
+        return model.generate(input_ids, past_key_values=cache, **generate_kwargs)  # type: ignore[misc]
 
 
-def _check_padding(model: PreTrainedModel, inputs: torch.Tensor | None, generate_kwargs: dict[str, Any]) -> None:
-    """Refuse padding, announced or, as `generate` reads it from the prompt, not."""
-    padded = False
-    attention_mask = generate_kwargs.get("attention_mask")
-    input_ids = inputs if inputs is not None else generate_kwargs.get("input_ids")
-    if attention_mask is not None:
-        padded = not bool(attention_mask.all())
-    elif input_ids is not None:
-        settings = generate_kwargs.get("generation_config") or model.generation_config
-        pad, eos = (generate_kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
-        ends = eos if isinstance(eos, list) else [eos]
-        padded = pad is not None and pad not in ends and bool((input_ids == pad).any())
-    if padded:
-        raise ValueError(
-            "`attention_mask` must be all ones, got padding: padded batches are not supported yet. Generate for "
-            "prompts of equal length together, or one by one. If the pad token is a word of the prompt, pass a mask."
+@torch.no_grad()
+def sink_prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    past_key_values: SinkCache,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    **model_kwargs: Any,
+) -> Iterator[CausalLMOutputWithPast]:
+    """Read a text of any length through a cache, in chunks: the outputs are those of feeding it token by token.
+
+    Each token of a chunk sees exactly its own window. Memory is that of `window_length + chunk_size` tokens.
+
+    Args:
+        model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
+        input_ids: the new tokens, `[batch_size, length]`; the pads of a padded batch are known to the cache.
+        past_key_values: a cache, new or with earlier text.
+        chunk_size: how many tokens the model reads at once.
+        model_kwargs: more arguments of the model, `logits_to_keep=1` for instance.
+
+    Yields:
+        The model's output for each chunk, with `logits` `[batch_size, tokens in the chunk, vocab_size]`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+        NotImplementedError: for a model whose masks cannot be replaced, unless `chunk_size` is 1.
+
+    Example:
+        >>> cache = SinkCache(model.config, window_length=1024)
+        >>> logits = [output.logits for output in sink_prefill(model, input_ids, cache)]
+    """
+    if not isinstance(past_key_values, SinkCache):
+        raise TypeError(f"`past_key_values` must be a SinkCache, got {past_key_values.__class__.__name__}.")
+    with _bounded_positions(model, past_key_values):
+        yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
+
+
+def _read(
+    model: PreTrainedModel, input_ids: Tensor, cache: SinkCache, chunk_size: int, model_kwargs: dict[str, Any]
+) -> Iterator[CausalLMOutputWithPast]:
+    _check_chunk_size(chunk_size)
+    if chunk_size > 1 and not _can_window(model, cache):
+        raise NotImplementedError(
+            f"`prefill_chunk_size` must be 1 for this {model.config.model_type!r} model with {_attention(model)!r} "
+            f"attention, got {chunk_size}: its masks cannot be replaced by one that shows each token its own window."
         )
+    if cache.can_rebase:
+        # Once positions are wound back, the window and a chunk must fit below their end.
+        chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    for chunk in input_ids.split(chunk_size, dim=1):
+        seen, query_length = cache.get_seq_length(), chunk.shape[1]
+        pads = cache.rows.pads
+        windowed = _can_window(model, cache) and (query_length > 1 or pads is not None)
+        mask = None
+        if windowed:
+            mask = _windowed_mask(model, cache, seen, chunk)
+        elif pads is not None:
+            mask = _mask_of(cache, seen + query_length, chunk)
+        if takes_positions:
+            positions = torch.arange(seen, seen + query_length, device=chunk.device)[None]
+            if pads is not None:
+                positions = (positions - pads.to(chunk.device)[:, None]).clamp(min=0)
+            model_kwargs = {**model_kwargs, "position_ids": positions}
+        with cache.windows(windowed):
+            output = model(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True, **model_kwargs)
+        yield output
+
+
+def _windowed_mask(model: PreTrainedModel, cache: SinkCache, seen: int, chunk: Tensor) -> Any:
+    """The mask of a chunk `[batch_size, query_length]`, in the form that the model's attention takes."""
+    batch_size, query_length = chunk.shape
+    return ALL_MASK_ATTENTION_FUNCTIONS[_attention(model)](
+        batch_size=batch_size,
+        q_length=query_length,
+        kv_length=cache.rows.windowed_length(seen, query_length),
+        q_offset=0,
+        kv_offset=0,
+        mask_function=cache.rows.windowed_mask(seen, query_length, chunk.device),
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        dtype=model.dtype,
+        config=model.config,
+        use_vmap=False,
+        device=chunk.device,
+    )
+
+
+def _attention(model: PreTrainedModel) -> str:
+    name: str = model.config.get_text_config(decoder=True)._attn_implementation
+    return name
+
+
+def _can_window(model: PreTrainedModel, cache: SinkCache) -> bool:
+    return cache.can_window and _attention(model) in ("eager", "sdpa", "flex_attention")
+
+
+def _last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+@contextlib.contextmanager
+def _bounded_positions(model: Any, cache: SinkCache) -> Iterator[None]:
+    """Wind positions back whenever the model would come to their end, and give it lower ones from then on."""
+
+    def lower(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("past_key_values") is not cache:
+            return None
+        new = kwargs.get("input_ids")
+        new = kwargs["inputs_embeds"] if new is None else new
+        if new.shape[1] > cache.positions_left() and cache.can_rebase:
+            cache.rebase()
+        if cache.rows.base == 0:
+            return None
+        offsets = cache.position_offsets
+        if isinstance(offsets, Tensor):
+            offsets = offsets.to(new.device)[:, None]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            seen = cache.get_seq_length()
+            positions = torch.arange(seen, seen + new.shape[1], device=new.device)[None]
+        return args, {**kwargs, "position_ids": (positions - offsets).clamp(min=0)}
+
+    def keep_cache(*args: Any, **kwargs: Any) -> Any:
+        model_inputs = prepare(*args, **kwargs)
+        if kwargs.get("past_key_values") is cache and model_inputs.get("past_key_values") is None:
+            model_inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
+        return model_inputs
+
+    handle = model.register_forward_pre_hook(lower, with_kwargs=True)
+    # Phi-3 and its kin drop the cache where their frequencies change, which positions here never come to.
+    prepare = model.prepare_inputs_for_generation
+    drops = (
+        cache.ends and type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    )
+    if drops:
+        model.prepare_inputs_for_generation = functools.wraps(prepare)(keep_cache)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if drops:
+            del model.prepare_inputs_for_generation
+
+
+def _prompt_of(
+    model: GenerationMixin, inputs: Tensor | None, settings: Any, generate_kwargs: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The prompt and its mask; that of a first prompt is read from the pads if none is given, as `generate` does it."""
+    input_ids = generate_kwargs.pop("input_ids", None)
+    if inputs is not None and input_ids is not None:
+        raise ValueError("`inputs` and `input_ids` must not both be given: they are the same prompt.")
+    input_ids = input_ids if inputs is None else inputs
+    mask = generate_kwargs.pop("attention_mask", None)
+    if mask is None and input_ids is not None and settings is not None:
+        pad, eos = (generate_kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+        if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+            mask = (input_ids != pad).long()
+    return input_ids, mask
+
+
+def _mask_of(cache: SinkCache, length: int, like: Tensor) -> Tensor:
+    """The mask `[batch_size, length]` of a stream, from what the cache knows of its padding."""
+    if cache.rows.pads is None:
+        return torch.ones(like.shape[0], length, dtype=torch.long, device=like.device)
+    columns = torch.arange(length, device=like.device)
+    return (columns >= cache.rows.pads.to(like.device)[:, None]).long()
+
+
+def _whole_mask(cache: SinkCache, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mask over all that was seen and is new, so that `generate` can tell which part of `input_ids` is new."""
+    seen, length = cache.get_seq_length(), input_ids.shape[1]
+    given = length if attention_mask is None else attention_mask.shape[1]
+    if seen == 0:
+        return attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+    # As `generate` has it: more tokens than were seen are the whole text, unless the mask says that there are more.
+    if given == length > seen:
+        whole = _mask_of(cache, length, input_ids)
+        if attention_mask is not None and not torch.equal(attention_mask.to(whole), whole):
+            raise ValueError(
+                "`attention_mask` must say of the text so far what it said before: of which tokens are padding, "
+                "nothing can change. Tokens between the turns cannot be masked either."
+            )
+        return whole
+    whole = _mask_of(cache, seen + length, input_ids)
+    if attention_mask is not None and not torch.equal(attention_mask.to(whole), whole[:, -given:]):
+        raise ValueError(
+            f"`attention_mask` must be one for each of the {length} new tokens, or cover all {seen + length}, with the "
+            f"padding that the cache knows; got the shape {[*attention_mask.shape]}."
+        )
+    return whole
+
+
+def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int) -> None:
+    for name, value, default in (
+        ("window_length", window_length, DEFAULT_WINDOW_LENGTH),
+        ("num_sink_tokens", num_sink_tokens, DEFAULT_NUM_SINK_TOKENS),
+    ):
+        if value not in (default, getattr(cache, name)):
+            raise ValueError(
+                f"`{name}` of a cache cannot change: got {name}={value} for `past_key_values` with "
+                f"{getattr(cache, name)}. Leave it out to continue that cache."
+            )
+
+
+def _check_chunk_size(chunk_size: Any) -> None:
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise TypeError(f"`prefill_chunk_size` must be an int, got {chunk_size!r}.")
+    if chunk_size < 1:
+        raise ValueError(f"`prefill_chunk_size` must be at least 1, got {chunk_size}.")
 
 
 def _check_frequencies(model: PreTrainedModel) -> None:

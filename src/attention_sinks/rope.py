@@ -75,10 +75,10 @@ class Rotation:
         precision = torch.promote_types(key_states.dtype, torch.float32)
         return torch.complex(*self.pairs(key_states).to(precision).unbind(-1))
 
-    def phase(self, shift: int, dtype: torch.dtype) -> Tensor:
+    def phase(self, shift: int | Tensor, dtype: torch.dtype) -> Tensor:
         """The complex factors, shape `[rotary_dim / 2]`, that turn `complex_pairs` forward by `shift` positions.
 
-        The angles are float64. They are computed where `inv_freq` lies.
+        Shifts `[..., 1]` give factors `[..., rotary_dim / 2]`. The angles are float64, computed where `inv_freq` lies.
         """
         angles = self.inv_freq * shift
         return torch.polar(torch.ones_like(angles), angles).to(dtype)
@@ -109,6 +109,7 @@ class Positions:
         in_order: whether attention counts distances by the order of the cached tokens (ALiBi).
         limit: how many positions there are before the model ends or changes its behaviour.
         masked: whether the model runs with a mask over all tokens seen, as padded batches need it.
+        rebasable: whether lower `position_ids` bring the behaviour back, however many tokens were seen.
     """
 
     rotations: dict[int, Rotation | None]
@@ -116,6 +117,7 @@ class Positions:
     in_order: bool = False
     limit: int = LAST_POSITION
     masked: bool = True
+    rebasable: bool = True
 
 
 def derive_positions(config: PreTrainedConfig, layers: Iterable[int]) -> Positions:
@@ -146,7 +148,7 @@ def derive_positions(config: PreTrainedConfig, layers: Iterable[int]) -> Positio
                 )
             if layer in found:
                 known[layer] = rotation
-    return Positions(rotations, indexers, measured.in_order, measured.limit, measured.masked)
+    return Positions(rotations, indexers, measured.in_order, measured.limit, measured.masked, measured.rebasable)
 
 
 _BY_HAND = (
@@ -184,6 +186,7 @@ class _Measured:
     in_order: bool
     limit: int
     masked: bool
+    rebasable: bool
 
 
 @lru_cache(maxsize=32)
@@ -291,7 +294,12 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
     in_order = not _same(_logits_at(twin, 0, masked, reverse=True), start, _ORDER_TOLERANCE)
     # An indexer that keeps positions pools the keys of neighbours.
     in_order |= any(getattr(layer, "indexer_position_ids", None) is not None for layer in _run_at(twin, [0]).layers)
-    return _Measured(rotations, indexers, in_order, limit, masked)
+    rebasable = True
+    try:
+        rebasable = _same(_logits_at(twin, 0, masked, lost=LAST_POSITION), start, _MOVED_TOLERANCE)
+    except Exception:  # a table that is read at the number of tokens seen
+        rebasable = False
+    return _Measured(rotations, indexers, in_order, limit, masked, rebasable)
 
 
 def _first_change(unchanged_at: Callable[[int], bool]) -> int:
@@ -536,12 +544,15 @@ def _has_indexer(layer: Any) -> bool:
     return getattr(layer, "indexer_keys", None) is not None
 
 
-def _logits_at(twin: PreTrainedModel, position: int, masked: bool = True, reverse: bool = False) -> Tensor:
+def _logits_at(
+    twin: PreTrainedModel, position: int, masked: bool = True, reverse: bool = False, lost: int | None = None
+) -> Tensor:
     """Logits of the last of six tokens that all stand at `position`, with a cache that has seen and lost as many.
 
-    With `reverse`, the cached tokens change places before the last one is read: no key moves, only its slot.
+    Or it has `lost` another number of them. With `reverse`, the cached tokens change places before the last one is
+    read: no key moves, only its slot.
     """
-    cache = _LostCache(twin.config, position)
+    cache = _LostCache(twin.config, position if lost is None else lost)
     for tokens in torch.arange(1, 7)[None].split(5, dim=1):
         seen = cache.get_seq_length() + tokens.shape[1]
         output = twin(
