@@ -96,6 +96,29 @@ def test_a_reset_leaves_no_trace(model: Any) -> None:
     assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
 
 
+def test_another_batch_follows_a_reset(model: Any) -> None:
+    cache = new_cache(model)
+    feed(model, cache, random_ids(14))
+    cache.reset()
+    ids = random_ids(14, batch_size=3)
+    assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
+
+
+def test_positions_are_wound_back_in_every_ring(model: Any) -> None:
+    cache, other = new_cache(model), new_cache(model)
+    ids = random_ids(30)
+    feed(model, cache, ids)
+    feed(model, other, ids)
+    cache.rebase()
+    cache.rows.lowered = True
+    assert cache.position_offsets == 18
+    for t in range(30, 45):
+        token = random_ids(1, seed=t)
+        logits = model(token, position_ids=torch.tensor([[t - 18]]), past_key_values=cache).logits
+        expected = model(token, position_ids=torch.tensor([[t]]), past_key_values=other).logits
+        assert relative_error(logits, expected) < 1e-4
+
+
 def test_autograd_changes_nothing(model: Any) -> None:
     ids = random_ids(30)
     expected = feed(model, new_cache(model), ids)

@@ -377,6 +377,104 @@ def test_turns_are_those_of_a_loop_however_they_are_given(lengths: list[int]) ->
     assert whole.get_seq_length() == only.get_seq_length() == text.shape[1] - 1
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_turns_are_read_in_chunks_however_they_are_given(chunk_size: int) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    rows, ids, mask = padded([3, 12])
+    first: Any = sink_generate(model, ids, attention_mask=mask, prefill_chunk_size=4, max_new_tokens=12, **PLAIN)
+    cache, other = first.past_key_values, copy.deepcopy(first.past_key_values)
+    said = random_ids(7, batch_size=2, seed=1).clamp(min=1)
+    text, unseen = torch.cat([first.sequences, said], dim=1), torch.cat([first.sequences[:, -1:], said], dim=1)
+    options: dict[str, Any] = {**CONTINUED, "prefill_chunk_size": chunk_size, "max_new_tokens": 9}
+    a: Any = sink_generate(model, text, past_key_values=cache, **options)
+    b: Any = sink_generate(model, unseen, past_key_values=other, **options)
+    assert torch.equal(a.sequences[:, text.shape[1] :], b.sequences[:, unseen.shape[1] :])
+    assert cache.get_seq_length() == other.get_seq_length() == a.sequences.shape[1] - 1
+    for i, row in enumerate(rows):
+        whole = a.sequences[i : i + 1, 12 - row.shape[1] :]
+        expected = by_token(model, whole)[:, -10:-1]
+        assert relative_error(torch.stack([step[i] for step in a.logits])[None], expected) < 1e-4
+
+
+def test_chunks_after_a_crop_are_what_single_tokens_are() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    cache = SinkCache(model.config, W, S)
+    by_token(model, random_ids(40), cache)
+    cache.crop(-5)
+    other = copy.deepcopy(cache)
+    more = random_ids(20, seed=1)
+    assert relative_error(prefilled(model, more, cache, 8), by_token(model, more, other)) < 1e-4
+
+
+def test_the_settings_of_the_model_count_where_a_generation_config_says_nothing() -> None:
+    model = copy.deepcopy(tiny_model("llama", num_hidden_layers=2))
+    _, ids, mask = padded([4, 9])
+    model.generation_config.pad_token_id = 0
+    model.generation_config.num_beams = 2
+    config = transformers.GenerationConfig(max_new_tokens=20, do_sample=False)
+    expected: Any = sink_generate(model, ids, attention_mask=mask, window_length=W, generation_config=config)
+    output: Any = sink_generate(model, ids, window_length=W, generation_config=config)
+    assert torch.equal(output, expected)
+    output = sink_generate(model, ids, window_length=W, generation_config=config, prefill_chunk_size=5)
+    assert torch.equal(output, expected)
+    cache = SinkCache(model.config, W, S, attention_mask=mask)
+    model.generation_config.pad_token_id = None
+    output = sink_generate(model, ids, past_key_values=cache, generation_config=config, pad_token_id=None)
+    assert torch.equal(output, expected)
+
+
+def test_a_cache_whose_positions_were_wound_back_is_refused_elsewhere() -> None:
+    architecture, changes = ENDING["dynamic"]
+    model = build_model(build_config(architecture, num_hidden_layers=1, **changes))
+    output: Any = sink_generate(model, random_ids(10).clamp(min=1), max_new_tokens=60, **PLAIN)
+    cache = output.past_key_values
+    before = cache.get_seq_length()
+    with pytest.raises(ValueError, match="Continue it with `sink_generate` or `sink_prefill`"):
+        model.generate(output.sequences, past_key_values=cache, max_new_tokens=5)
+    assert cache.get_seq_length() == before
+
+
+def test_beams_continue_a_row_that_was_generated_greedily() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    rows, ids, mask = padded([5, 12])
+    first: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=12, **PLAIN)
+    output: Any = sink_generate(
+        model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=9, num_beams=3, **CONTINUED
+    )
+    for i, row in enumerate(rows):
+        text = output.sequences[i : i + 1, 12 - row.shape[1] :]
+        expected = scored(model, text, row.shape[1])[:, 12:].log_softmax(-1)
+        steps = expected.gather(2, text[:, row.shape[1] + 12 :, None]).sum()
+        assert abs(float(output.sequences_scores[i] - steps / 9)) < 1e-4
+
+
+def test_recording_ends_with_the_call_that_needed_it() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    ids = torch.tensor([[5, 6, 7] * 4])
+    first: Any = sink_generate(model, ids, max_new_tokens=20, prompt_lookup_num_tokens=3, **PLAIN)
+    cache = first.past_key_values
+    assert cache.is_recording_past(0)
+    other = copy.deepcopy(cache)
+    output: Any = sink_generate(model, first.sequences, past_key_values=cache, max_new_tokens=20, **CONTINUED)
+    assert not cache.is_recording_past(0)
+    expected = model.generate(first.sequences, past_key_values=other, max_new_tokens=20, **CONTINUED)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+def test_recorded_tokens_of_a_padded_row_can_all_be_taken_back() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    _, ids, mask = padded([5, 30])
+    output: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=5, **PLAIN)
+    cache, other = output.past_key_values, copy.deepcopy(output.past_key_values)
+    cache.activate_past_recording()
+    whole = torch.nn.functional.pad(mask, (0, 7), value=1)
+    more = {"attention_mask": whole, "position_ids": (whole.cumsum(1) - 1)[:, -3:]}
+    model(random_ids(3, batch_size=2), past_key_values=cache, **more)
+    cache.crop(-3)
+    logits, expected = (model(random_ids(3, 2, seed=1), past_key_values=x, **more).logits for x in (cache, other))
+    assert relative_error(logits, expected) < 1e-5
+
+
 # --- bad input
 
 
@@ -441,6 +539,11 @@ def test_pads_that_generate_would_infer_are_inferred() -> None:
     [
         ({"prefill_chunk_size": 0}, ValueError, "`prefill_chunk_size` must be at least 1, got 0"),
         ({"prefill_chunk_size": "4"}, TypeError, "`prefill_chunk_size` must be an int, got '4'"),
+        (
+            {"prefill_chunk_size": 4, "inputs_embeds": torch.zeros(1, 5, 64)},
+            ValueError,
+            "needs `input_ids`, got 4 with",
+        ),
         ({"use_cache": False}, ValueError, "`use_cache` must be True"),
         ({"cache_implementation": "static"}, ValueError, "`cache_implementation` must be left out, got 'static'"),
         ({"window_length": 10**9}, ValueError, "`window_length` must be below 16777216"),

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
-from attention_sinks import SinkCache
+from attention_sinks import SinkCache, sink_generate, sink_prefill
 from attention_sinks.__main__ import main
 
 from .reference import StreamingLlama
@@ -83,3 +83,24 @@ def test_the_demo_streams_past_the_window_and_reports(capsys: pytest.CaptureFixt
     for tokens in (32, int(seen[1])):
         assert f"{30 * 2 * 3 * 64 * 4 * tokens / 2**20:.1f} MiB" in report
     assert re.search(r"tokens per second +\(no token\) before the window was full, \d+\.\d after", report)
+
+
+def test_the_pipeline_takes_the_cache(model: PreTrainedModel, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder, **GGUF)
+    generator: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+    text = generator("Once upon a time", past_key_values=SinkCache(model.config, 24), **options)[0]["generated_text"]
+    output: Any = sink_generate(
+        model, **tokenizer("Once upon a time", return_tensors="pt"), window_length=24, **options
+    )
+    assert text == tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_text_read_in_chunks_is_scored_as_text_fed_by_tokens(model: PreTrainedModel, ids: list[int]) -> None:
+    cache = SinkCache(model.config, window_length=64)
+    tokens = torch.tensor([ids[:200]])
+    expected = torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1)
+    outputs: list[Any] = list(sink_prefill(model, tokens, SinkCache(model.config, window_length=64), chunk_size=50))
+    logits = torch.cat([output.logits for output in outputs], dim=1)
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4

@@ -126,7 +126,8 @@ class SinkCache(Cache):
         ring_layers = list(positions.rotations)
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
-        self._masked = positions.masked
+        # An indexer that pools the keys of neighbours is given positions that know no padding.
+        self._masked = positions.masked and not (positions.indexers and positions.in_order)
         self._model_type = config.model_type
         self.rows = Rows(window_length, num_sink_tokens, self._checked_pads(attention_mask))
         for i in ring_layers:
@@ -151,8 +152,8 @@ class SinkCache(Cache):
         pads = _count_pads(attention_mask)
         if pads is not None and not self._masked:
             raise NotImplementedError(
-                f"`attention_mask` must not have padding: this {self._model_type!r} model builds its attention from a "
-                "mask over all tokens seen. Generate for prompts of equal length together, or one by one."
+                f"`attention_mask` must not have padding: this {self._model_type!r} model builds its attention from "
+                "the number of all tokens seen. Generate for prompts of equal length together, or one by one."
             )
         return pads
 
@@ -192,6 +193,11 @@ class SinkCache(Cache):
                     f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
                     f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
                 )
+        if self.rows.base > 0 and not self.rows.lowered:
+            raise ValueError(
+                f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
+                "back. Continue it with `sink_generate` or `sink_prefill`."
+            )
         if layer is ring and seen != self._last_ring.get_seq_length():
             raise RuntimeError(
                 f"A forward pass was interrupted: layer {layer_idx} has seen {seen} tokens and others "
@@ -268,6 +274,16 @@ class SinkCache(Cache):
         least_pads = self.rows.least_pads
         return self.position_limit - (seen - least_pads - max(self.rows.base - least_pads, 0))
 
+    def deactivate_past_recording(self) -> None:
+        """End what `activate_past_recording` began: updates are stored at once again."""
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                layer.deactivate_past_recording()
+            if getattr(layer, "record_past", False):
+                if self.get_seq_length() > 0:
+                    layer.crop(0)  # cuts what it recorded
+                layer.record_past = False
+
     @property
     def ends(self) -> bool:
         """Whether the positions of the model end, or change their meaning, before float32 does."""
@@ -300,6 +316,11 @@ class SinkCache(Cache):
         self.rows.base = shift
 
     @property
+    def num_rows(self) -> int:
+        """How many rows of a batch are stored, 0 before the first prompt."""
+        return self._first_ring.keys.shape[0] if self._first_ring.is_initialized else 0
+
+    @property
     def position_offsets(self) -> int | Tensor:
         """How far positions were wound back, for all rows or for each one, `[batch_size]`."""
         return self.rows.offsets()
@@ -324,6 +345,9 @@ class SinkCache(Cache):
     def reset(self) -> None:
         """Start a new stream, of another batch if need be, whose rows are not padded."""
         super().reset()  # type: ignore[no-untyped-call]
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
+                LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
         self.rows.__init__(self.window_length, self.num_sink_tokens, None)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -338,6 +362,7 @@ class SinkCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices`."""
+        indices = torch.as_tensor(indices)
         super().batch_select_indices(indices)
         self.rows.map_batch(lambda pads: pads[indices.to(pads.device)])
 
@@ -611,10 +636,17 @@ class SinkLayer(CacheLayerMixin):
         """From now on keep what each update evicts until the next call, so that `crop` can take the update back."""
         self.record_past = True
 
+    def deactivate_past_recording(self) -> None:
+        """Store what was recorded, and from now on every update at once."""
+        self._store_recorded()
+        self.record_past = False
+
     def _store_recorded(self) -> None:
         if self._recorded is not None:
             key_states, value_states = self._recorded
             self._recorded = None
+            if key_states.shape[2] == 0:  # all taken back
+                return
             self._write(key_states, value_states)
             self.seen += key_states.shape[2]
             self.shift = self._shift_of(self.seen)
@@ -739,8 +771,17 @@ class IndexedSinkLayer(SinkLayer):
         self.indexer.activate_past_recording()
         super().activate_past_recording()
 
+    def deactivate_past_recording(self) -> None:
+        self.indexer.deactivate_past_recording()
+        super().deactivate_past_recording()
+
+    def rebase(self, shift: int) -> None:
+        self.indexer.rebase(shift)
+        super().rebase(shift)
+
     def crop(self, tokens_to_remove: int) -> None:
-        self.indexer.crop(tokens_to_remove)
+        if self.indexer.is_initialized:  # some layers share the indexer of another
+            self.indexer.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:

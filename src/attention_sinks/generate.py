@@ -79,10 +79,13 @@ def sink_generate(
             f"`{seen[0]}` is not supported: this {model.config.model_type!r} model gives images positions in several "
             "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
         )
+    embedded = generate_kwargs.get("inputs_embeds") is not None
+    if embedded and prefill_chunk_size is not None:
+        raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
     _check_frequencies(model)
-    settings = generate_kwargs.get("generation_config") or model.generation_config
+    settings = _Settings(model, generate_kwargs)
     started = past_key_values is not None and past_key_values.get_seq_length() > 0
-    input_ids, attention_mask = _prompt_of(model, inputs, None if started else settings, generate_kwargs)
+    input_ids, attention_mask = _prompt_of(inputs, generate_kwargs, None if started else settings)
     if past_key_values is None:
         cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=attention_mask)
     else:
@@ -90,34 +93,42 @@ def sink_generate(
         _check_continued(cache, window_length, num_sink_tokens)
         if not started and attention_mask is not None:
             cache.announce_padding(attention_mask)
+        cache.deactivate_past_recording()
     # The model's own settings may ask for another cache, or for chunks that show each token more than its window.
     generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
-    if input_ids is None and attention_mask is not None:
+    if attention_mask is not None:
         generate_kwargs["attention_mask"] = attention_mask
 
-    with _bounded_positions(model, cache):
-        if input_ids is not None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_bounded_positions(model, cache))
+        if input_ids is not None and not embedded:
             attention_mask = _whole_mask(cache, input_ids, attention_mask)
             generate_kwargs["attention_mask"] = attention_mask
             fresh = attention_mask.shape[1] - cache.get_seq_length()
             longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
-            chunk_size = prefill_chunk_size or settings.prefill_chunk_size
+            chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
             if chunk_size is None and fresh > min(longest, cache.positions_left()):
                 chunk_size = DEFAULT_CHUNK_SIZE if _can_window(model, cache) else 1
+            repeats = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+            if cache.num_rows not in (0, len(input_ids), len(input_ids) * repeats):
+                raise ValueError(
+                    f"`input_ids` must have the {cache.num_rows} rows that the cache holds, got {len(input_ids)}. "
+                    "After a beam search these are all its beams: select one with `batch_select_indices`."
+                )
             if chunk_size is not None and fresh > 1:
+                if seen:
+                    raise NotImplementedError(
+                        f"`{seen[0]}` is not supported with a prompt that is read in chunks of {chunk_size} tokens."
+                    )
                 # The last token is left to `generate`.
                 for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, _last_logits_only(model)):
                     pass
-                repeats = max(
-                    generate_kwargs.get(name) or getattr(settings, name) or 1
-                    for name in ("num_beams", "num_return_sequences")
-                )
-                if repeats > 1:
-                    cache.batch_repeat_interleave(repeats)
+                stack.enter_context(_only_last_token(model, cache))
+            if cache.num_rows == len(input_ids) and repeats > 1:  # `generate` repeats the rows of the prompt alone
+                cache.batch_repeat_interleave(repeats)
         return model.generate(input_ids, past_key_values=cache, **generate_kwargs)  # type: ignore[misc]
 
 
-@torch.no_grad()
 def sink_prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -149,10 +160,15 @@ def sink_prefill(
     """
     if not isinstance(past_key_values, SinkCache):
         raise TypeError(f"`past_key_values` must be a SinkCache, got {past_key_values.__class__.__name__}.")
+    for name in model_kwargs.keys() & {"attention_mask", "position_ids"}:
+        raise TypeError(
+            f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
+        )
     with _bounded_positions(model, past_key_values):
         yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
 
 
+@torch.no_grad()
 def _read(
     model: PreTrainedModel, input_ids: Tensor, cache: SinkCache, chunk_size: int, model_kwargs: dict[str, Any]
 ) -> Iterator[CausalLMOutputWithPast]:
@@ -166,9 +182,18 @@ def _read(
         # Once positions are wound back, the window and a chunk must fit below their end.
         chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    for chunk in input_ids.split(chunk_size, dim=1):
-        seen, query_length = cache.get_seq_length(), chunk.shape[1]
-        pads = cache.rows.pads
+    pads = cache.rows.pads
+    if pads is not None and any(hasattr(layer, "conv_states") for layer in cache.layers):
+        raise NotImplementedError(
+            f"`prefill_chunk_size` must be left out for a padded batch: this {model.config.model_type!r} model tells "
+            "pads from tokens in its first chunk only. Read the rows one by one."
+        )
+    while input_ids.shape[1] > 0:
+        seen = cache.get_seq_length()
+        # After a crop single tokens fill the window again.
+        query_length = chunk_size if cache.kept_length == min(seen, cache.window_length) else 1
+        chunk, input_ids = input_ids[:, :query_length], input_ids[:, query_length:]
+        query_length = chunk.shape[1]
         windowed = _can_window(model, cache) and (query_length > 1 or pads is not None)
         mask = None
         if windowed:
@@ -230,6 +255,7 @@ def _bounded_positions(model: Any, cache: SinkCache) -> Iterator[None]:
             cache.rebase()
         if cache.rows.base == 0:
             return None
+        cache.rows.lowered = True
         offsets = cache.position_offsets
         if isinstance(offsets, Tensor):
             offsets = offsets.to(new.device)[:, None]
@@ -245,24 +271,71 @@ def _bounded_positions(model: Any, cache: SinkCache) -> Iterator[None]:
             model_inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
         return model_inputs
 
-    handle = model.register_forward_pre_hook(lower, with_kwargs=True)
+    def done(*_: Any) -> None:
+        cache.rows.lowered = False
+
+    hooks = [
+        model.register_forward_pre_hook(lower, with_kwargs=True),
+        model.register_forward_hook(done, always_call=True),
+    ]
     # Phi-3 and its kin drop the cache where their frequencies change, which positions here never come to.
     prepare = model.prepare_inputs_for_generation
     drops = (
         cache.ends and type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
     )
-    if drops:
-        model.prepare_inputs_for_generation = functools.wraps(prepare)(keep_cache)
+    try:
+        with _prepared_by(model, keep_cache) if drops else contextlib.nullcontext():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _only_last_token(model: Any, cache: SinkCache) -> Iterator[None]:
+    """Let `generate` begin with the last token: it would read all of a prompt that is shorter than its mask."""
+    begun, prepare = False, model.prepare_inputs_for_generation
+
+    def last(*args: Any, **kwargs: Any) -> Any:
+        nonlocal begun
+        if not begun and kwargs.get("past_key_values") is cache and kwargs.get("next_sequence_length") is None:
+            kwargs["next_sequence_length"] = 1
+        begun = True
+        return prepare(*args, **kwargs)
+
+    with _prepared_by(model, last):
+        yield
+
+
+@contextlib.contextmanager
+def _prepared_by(model: Any, function: Any) -> Iterator[None]:
+    """Put a function in the place of the model's `prepare_inputs_for_generation`."""
+    name = "prepare_inputs_for_generation"
+    before = vars(model).get(name)
+    setattr(model, name, functools.wraps(getattr(model, name))(function))
     try:
         yield
     finally:
-        handle.remove()
-        if drops:
-            del model.prepare_inputs_for_generation
+        if before is None:
+            vars(model).pop(name, None)
+        else:
+            setattr(model, name, before)
+
+
+class _Settings:
+    """What `generate` will be told: by an argument, by the given generation config, or by that of the model."""
+
+    def __init__(self, model: GenerationMixin, generate_kwargs: dict[str, Any]) -> None:
+        self._kwargs = generate_kwargs
+        self._configs = generate_kwargs.get("generation_config"), model.generation_config
+
+    def __getitem__(self, name: str) -> Any:
+        values = [self._kwargs.get(name), *(getattr(config, name, None) for config in self._configs)]
+        return next((value for value in values if value is not None), None)
 
 
 def _prompt_of(
-    model: GenerationMixin, inputs: Tensor | None, settings: Any, generate_kwargs: dict[str, Any]
+    inputs: Tensor | None, generate_kwargs: dict[str, Any], settings: _Settings | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The prompt and its mask; that of a first prompt is read from the pads if none is given, as `generate` does it."""
     input_ids = generate_kwargs.pop("input_ids", None)
@@ -271,7 +344,7 @@ def _prompt_of(
     input_ids = input_ids if inputs is None else inputs
     mask = generate_kwargs.pop("attention_mask", None)
     if mask is None and input_ids is not None and settings is not None:
-        pad, eos = (generate_kwargs.get(name, getattr(settings, name)) for name in ("pad_token_id", "eos_token_id"))
+        pad, eos = settings["pad_token_id"], settings["eos_token_id"]
         if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
             mask = (input_ids != pad).long()
     return input_ids, mask
@@ -290,7 +363,7 @@ def _whole_mask(cache: SinkCache, input_ids: Tensor, attention_mask: Tensor | No
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     given = length if attention_mask is None else attention_mask.shape[1]
     if seen == 0:
-        return attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+        return _mask_of(cache, length, input_ids) if attention_mask is None else attention_mask
     # As `generate` has it: more tokens than were seen are the whole text, unless the mask says that there are more.
     if given == length > seen:
         whole = _mask_of(cache, length, input_ids)

@@ -35,6 +35,8 @@ class Rows:
             self.most_pads, self.least_pads = int(pads.max()), int(pads.min())
         # Positions are counted from where they were when so many tokens had been evicted.
         self.base = 0
+        # Whether the model is being given positions that are lower by as much.
+        self.lowered = False
         # Whether `update` returns what lets every query of a chunk see exactly its own window.
         self.windowed = False
         self._computed: dict[Any, Any] = {}
