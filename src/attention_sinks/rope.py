@@ -288,9 +288,12 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
     limit = LAST_POSITION
     if not unchanged_at(LAST_POSITION - 1):
         limit = _first_change(unchanged_at)
-        # A change must be a jump; a slope that leads there was a dependence from the start.
+        # A change must be a jump, or a slope that begins late; one that shows halfway was there from the start.
         if not unchanged_at(limit - 1, _MOVED_TOLERANCE / 2):
-            return _LENGTH
+            if not unchanged_at(limit // 2, _MOVED_TOLERANCE / 5):
+                return _LENGTH
+            # It shows a little after it begins: that of Inkling 2, a logarithm from 128,000 on, at 135,000.
+            limit = limit * 9 // 10
     in_order = not _same(_logits_at(twin, 0, masked, reverse=True), start, _ORDER_TOLERANCE)
     # An indexer that keeps positions pools the keys of neighbours.
     in_order |= any(getattr(layer, "indexer_position_ids", None) is not None for layer in _run_at(twin, [0]).layers)
