@@ -88,19 +88,12 @@ def test_rows_of_a_batch_move_with_all_their_states(model: Any, operation: Any, 
     assert relative_error(feed(model, cache, more[rows]), feed(model, other, more[rows])) < 1e-5
 
 
-def test_a_reset_leaves_no_trace(model: Any) -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_reset_leaves_no_trace(model: Any, batch_size: int) -> None:
     cache = new_cache(model)
     feed(model, cache, random_ids(30))
     cache.reset()
-    ids = random_ids(30, seed=1)
-    assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
-
-
-def test_another_batch_follows_a_reset(model: Any) -> None:
-    cache = new_cache(model)
-    feed(model, cache, random_ids(14))
-    cache.reset()
-    ids = random_ids(14, batch_size=3)
+    ids = random_ids(30, batch_size=batch_size, seed=1)
     assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
 
 
@@ -124,6 +117,23 @@ def test_autograd_changes_nothing(model: Any) -> None:
     expected = feed(model, new_cache(model), ids)
     with torch.enable_grad():
         assert relative_error(feed(model, new_cache(model), ids).detach(), expected) < 1e-5
+
+
+def test_autograd_changes_nothing_in_a_padded_batch(model: Any) -> None:
+    mask = torch.ones(2, 44, dtype=torch.long)
+    mask[0, :5] = 0
+    ids, outputs = random_ids(44, batch_size=2), []
+    for with_grad in (False, True):
+        cache = SinkCache(model.config, window_length=12, num_sink_tokens=2, attention_mask=mask[:, :14])
+        with torch.set_grad_enabled(with_grad):
+            for new in (ids[:, :14], *ids[:, 14:].split(1, dim=1)):
+                seen = cache.get_seq_length() + new.shape[1]
+                positions = (mask[:, :seen].cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+                more = {"attention_mask": mask[:, :seen], "position_ids": positions}
+                logits = model(new, past_key_values=cache, **more).logits[:, -1].detach()
+                outputs.append(logits)
+    for logits, expected in zip(outputs[31:], outputs[:31], strict=True):
+        assert relative_error(logits, expected) < 1e-5
 
 
 def test_a_crop_is_exact_or_refused(model: Any) -> None:

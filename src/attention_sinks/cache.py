@@ -292,6 +292,8 @@ class SinkCache(Cache):
     @property
     def can_rebase(self) -> bool:
         """Whether positions can be wound back: the model reads them from `position_ids`, and all layers are rings."""
+        if any(isinstance(layer, IndexedSinkLayer) and layer.in_order for layer in self.layers):
+            return False  # what pools the keys of neighbours is given positions by the cache
         return self._rebasable and all(
             isinstance(layer, SinkLayer) or not hasattr(layer, "keys") for layer in self.layers
         )
@@ -506,7 +508,9 @@ class SinkLayer(CacheLayerMixin):
     def _joined(self, slots: Tensor, states: Tensor, shift: int) -> Tensor:
         """The held tokens, without the first `shift` that are no sinks, and new ones: always in the same order."""
         full_ring = states.shape[2] == 1 and self.seen + 1 - shift == self.window_length and not self.in_order
-        if full_ring and shift > 0 and self.rows.pads is None:
+        if full_ring and shift > 0 and self.rows.pads is not None:
+            return slots.scatter(2, spread(self.rows.new_slots(self.seen, slots.device), states), states)
+        if full_ring and shift > 0:
             slot = self._slot(self.seen)
             return torch.cat([slots[:, :, :slot], states, slots[:, :, slot + 1 :]], dim=2)
         return torch.cat([*self._in_order(slots, shift), states], dim=2)
