@@ -219,6 +219,8 @@ def test_updates_past_the_window_write_in_place() -> None:
     """Neither decoding nor chunks may replace the buffers, so that memory and addresses stay."""
     cache = SinkCache(CONFIG, 8, 2)
     feed(cache, [0])
+    feed(cache, [*range(10)])
+    feed(cache, [0])
     addresses = [(layer.keys.data_ptr(), layer.values.data_ptr(), layer.sinks.data_ptr()) for layer in cache.layers]
     for token in range(1, 40, 3):
         feed(cache, [token])

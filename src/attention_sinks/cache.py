@@ -30,7 +30,7 @@ except ImportError:  # early transformers 5 has no such layers
     LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
 
 from .rope import LAST_POSITION, Positions, Rotation, derive_positions
-from .rows import Rows, spread, take
+from .rows import Group, Rows, put, take
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -126,10 +126,16 @@ class SinkCache(Cache):
         ring_layers = list(positions.rotations)
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
+        # Where positions end the model must be asked at every step whether they have.
+        compiles = positions.limit >= LAST_POSITION and not positions.in_order
+        for i, layer in enumerate(layers):
+            plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+            compiles &= plain if i in ring_layers else layer.is_compileable
         # An indexer that pools the keys of neighbours is given positions that know no padding.
         self._masked = positions.masked and not (positions.indexers and positions.in_order)
         self._model_type = config.model_type
-        self.rows = Rows(window_length, num_sink_tokens, self._checked_pads(attention_mask))
+        self.rows = Rows(window_length, num_sink_tokens, compiles, sliding=self._sliding_window < torch.inf)
+        self.rows.restart(self._checked_pads(attention_mask))
         for i in ring_layers:
             ring = self.rows, positions.rotations[i], positions.in_order
             if isinstance(layers[i], LinearAttentionLayer):
@@ -145,6 +151,7 @@ class SinkCache(Cache):
         self._last_ring: SinkLayer = layers[ring_layers[-1]]
         self.position_limit = positions.limit
         self._rebasable = positions.rebasable
+        self._followers = frozenset(ring_layers[1:])
         # `generate` puts all pads at position 0, so that their states are equal; where states rotate, no others are.
         self._padding_guard = next((i for i, rotation in positions.rotations.items() if rotation is not None), None)
 
@@ -182,9 +189,17 @@ class SinkCache(Cache):
             RuntimeError: if an earlier forward pass was interrupted between two layers.
         """
         layer = self.layers[layer_idx]
-        seen = layer.get_seq_length()
-        self._check_limit(seen, key_states.shape[2])
-        ring, batch_size = self._first_ring, key_states.shape[0]
+        # What concerns a whole step is checked before its first ring, and not again.
+        if key_states.shape[2] != 1 or layer_idx not in self._followers or not layer.is_initialized:
+            self._check_update(key_states, value_states, layer_idx)
+        is_first_update = not layer.is_initialized
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if layer is self._last_ring and not is_first_update and not torch.compiler.is_compiling():
+            self.rows.eager_tokens = self.rows.eager_tokens + 1 if key_states.shape[2] == 1 else 0
+        return keys, values
+
+    def _check_update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
+        layer, ring, batch_size = self.layers[layer_idx], self._first_ring, key_states.shape[0]
         if not isinstance(layer, SinkLayer) and ring.is_initialized:
             # A layer of another kind may come first, and would take what the rings refuse.
             stored, dtype = ring.keys.shape[0], ring.keys.dtype
@@ -198,6 +213,10 @@ class SinkCache(Cache):
                 f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
                 "back. Continue it with `sink_generate` or `sink_prefill`."
             )
+        if torch.compiler.is_compiling() and ring.takes_step(key_states.shape[2]):
+            return  # it cannot read how many tokens were seen
+        seen = layer.get_seq_length()
+        self._check_limit(seen, key_states.shape[2])
         if layer is ring and seen != self._last_ring.get_seq_length():
             raise RuntimeError(
                 f"A forward pass was interrupted: layer {layer_idx} has seen {seen} tokens and others "
@@ -219,7 +238,6 @@ class SinkCache(Cache):
                 "`key_states` start with two equal tokens, as only padding does. Tell the cache of it: "
                 "`SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, which does."
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """How many keys `update` will return for `query_length` tokens, and the position the mask counts them from.
@@ -228,7 +246,11 @@ class SinkCache(Cache):
             ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end, or
                 that crosses the last position at which the model behaves as at the start.
         """
-        self._check_limit(self.get_seq_length(), query_length)
+        steps = self._first_ring.announces_step(query_length)
+        if steps and not torch.compiler.is_compiling():
+            self.rows.announced += 1
+        if not steps or (not torch.compiler.is_compiling() and self.positions_left() < query_length):
+            self._check_limit(self.get_seq_length(), query_length)
         kv_length, kv_offset = super().get_mask_sizes(query_length, layer_idx)
         if kv_length > self._sliding_window and kv_length > query_length:
             raise ValueError(
@@ -256,7 +278,17 @@ class SinkCache(Cache):
         if self.get_seq_length() > 0:
             raise ValueError("`attention_mask` must be announced before the first prompt. Call `reset()` first.")
         pads = self._checked_pads(attention_mask)
-        self.rows.__init__(self.window_length, self.num_sink_tokens, pads)  # type: ignore[misc]
+        self.reset()
+        self.rows.restart(pads)
+
+    @contextlib.contextmanager
+    def lowers_positions(self) -> Iterator[None]:
+        """Inside, the model is given positions that are `position_offsets` lower."""
+        before, self.rows.lowered = self.rows.lowered, True
+        try:
+            yield
+        finally:
+            self.rows.lowered = before
 
     @contextlib.contextmanager
     def windows(self, windowed: bool) -> Iterator[None]:
@@ -268,8 +300,12 @@ class SinkCache(Cache):
             self.rows.windowed = False
 
     def positions_left(self, seen: int | None = None) -> int:
-        """How many tokens can follow the `seen` ones before the model ends or changes its behaviour."""
-        seen = self.get_seq_length() if seen is None else seen
+        """How many tokens can follow the `seen` ones before the model ends or changes its behaviour.
+
+        Without `seen` it may be too few by those that `get_mask_sizes` announced, and reading it never waits for the
+        device.
+        """
+        seen = self._first_ring.seen_at_most if seen is None else seen
         # The row with the fewest pads is the furthest.
         least_pads = self.rows.least_pads
         return self.position_limit - (seen - least_pads - max(self.rows.base - least_pads, 0))
@@ -328,6 +364,34 @@ class SinkCache(Cache):
         return self.rows.offsets()
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether a single token gets all slots, with a mask that hides empty ones, as `torch.compile` wants it.
+
+        So it is in a compiled model, and on devices where `generate` compiles by itself, unless single tokens have
+        turned out not to be compiled.
+        """
+        if torch.compiler.is_compiling() and self.rows.is_full:
+            return False  # there is nothing to hide, and attention without a mask is faster
+        ring = self._first_ring
+        return ring.announces_step(1) if ring.is_initialized else self.rows.announces_step
+
+    @property
+    def needs_no_mask(self) -> bool:
+        """Whether a single token sees all slots, in the form that is compiled."""
+        if not self.is_compileable or self.rows.pads is not None or self.rows.sliding:
+            return False
+        # Once, when the window may be full, the device is waited for.
+        if not self.rows.is_full and self._first_ring.seen_at_most + 1 >= self.window_length:
+            self.get_seq_length()
+        return self.rows.is_full
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The number of tokens seen, in a tensor if reading it would wait for the device."""
+        if not torch.compiler.is_compiling() and self.rows.stale:
+            return self._first_ring.group.count  # type: ignore[return-value]
+        return self.get_seq_length(layer_idx)
+
+    @property
     def can_window(self) -> bool:
         """Whether chunks can be read with a window for each of their tokens: all layers are plain rings."""
         return all(type(layer) is SinkLayer and not layer.in_order for layer in self.layers)
@@ -350,7 +414,7 @@ class SinkCache(Cache):
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
-        self.rows.__init__(self.window_length, self.num_sink_tokens, None)  # type: ignore[misc]
+        self.rows.restart(None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows in the place of others: row `i` becomes a copy of row `beam_idx[i]`."""
@@ -396,6 +460,8 @@ class SinkLayer(CacheLayerMixin):
     S = `num_sink_tokens`). `seen` tokens were fed, `shift` of them were evicted, those from S on; the sinks act `shift`
     positions further on than they were born. For the rows of a padded batch see `Rows`.
 
+    Most updates count in Python. A single token for a full ring, and any in a compiled model, is taken by `_step`.
+
     Args:
         rows: what the layers of a cache share.
         rotation: how the cached states turn; None if they carry no position.
@@ -406,6 +472,7 @@ class SinkLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
     sinks: Tensor
+    group: Group
     dtype: Any
     device: Any
     is_sliding = False
@@ -422,19 +489,47 @@ class SinkLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
-        self.keys = self.values = self.sinks = None  # type: ignore[assignment]
+        self.keys = self.values = self.sinks = self.group = None  # type: ignore[assignment]
         self.is_initialized = False
-        self.seen = 0
-        self.shift = 0
+        self._seen = 0
+        self._cropped = 0  # how many tokens were evicted when some were taken back: no fewer are from then on
         self.record_past = False
         self._recorded: tuple[Tensor, Tensor] | None = None  # the last states, not stored before the next call
-        self._turned: int | None = 0  # the shift to which the sinks are turned in their slots
+
+    @property
+    def seen(self) -> int:
+        if self.rows.stale:
+            self.rows.settle()
+        return self._seen
+
+    @seen.setter
+    def seen(self, seen: int) -> None:
+        self._seen = seen
+        if self.group is not None:
+            self.group.begun = None
+            self.group.count.fill_(seen)
+        if self is self.rows.last_ring:  # what all rings have in common changes between steps only
+            self.rows.all_sinks_born = self.rows.all_sinks_seen(seen)
+            self.rows.is_full = seen + 1 >= self.window_length
+            self.rows.has_gap = self._cropped > max(seen + 1 - self.window_length, 0)
+
+    @property
+    def seen_at_most(self) -> int:
+        """`seen`, or a little more if reading it would wait for the device."""
+        # One more, if Python asked after a step was announced.
+        return self._seen + self.rows.announced + 1 if self.rows.stale else self.get_seq_length()
+
+    @property
+    def shift(self) -> int:
+        return self._shift_of(self.seen)
 
     @property
     def kept_length(self) -> int:
         return min(self.get_seq_length() - self.shift, self.window_length)
 
     def get_seq_length(self) -> int:
+        if torch.compiler.is_compiling() and self.takes_step(1):
+            return self.group.count  # type: ignore[return-value]
         return self.seen + (0 if self._recorded is None else self._recorded[0].shape[2])
 
     def get_max_length(self) -> int:
@@ -443,6 +538,14 @@ class SinkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.announces_step(query_length):
+            if self.rows.pads is None and not self.rows.sliding:
+                # Of slots in the order of their tokens causality hides the empty ones, and of a full ring none.
+                return self.window_length, 0
+            if torch.compiler.is_compiling():
+                offset = (self.group.count + 1 - self.window_length).clamp(min=0)
+                return self.window_length, offset  # type: ignore[return-value]
+            return self.window_length, max(self.seen + 1 - self.window_length, 0)
         seen = self.get_seq_length()
         if self.rows.windowed:
             kv_length = self.rows.windowed_length(seen, query_length)
@@ -452,7 +555,7 @@ class SinkLayer(CacheLayerMixin):
 
     def _shift_of(self, seen: int) -> int:
         """The number of evicted tokens once `seen` were fed."""
-        return max(self.shift, seen - self.window_length)
+        return max(self._cropped, seen - self.window_length)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Not inside inference mode: its tensors could not be written to outside of it later.
@@ -460,140 +563,179 @@ class SinkLayer(CacheLayerMixin):
             self.keys = _empty_slots(key_states, self.window_length)
             self.values = _empty_slots(value_states, self.window_length)
             if self.rotation is not None:
-                turning = self._turning(self.keys, self.values)
-                self.sinks = self.rotation.complex_pairs(turning[:, :, : self.num_sink_tokens])
+                sinks = self.turning(self.keys, self.values)[:, :, : self.num_sink_tokens]
+                # Half-precision states are turned in float32 and rounded once, in their slots.
+                self.sinks = sinks.to(torch.promote_types(sinks.dtype, torch.float32), copy=True)
+            self.group = self.rows.group_of(self)
+            self.place = len(self.group.rings) - 1
+            self._hold()
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def _hold(self) -> None:
+        self.rows.fix_address(self.keys, self.values, *([] if self.rotation is None else [self.sinks]))
+        keys, values = self.keys[:, :, :1], self.values[:, :, :1]
+        self._single_token = keys.shape, values.shape, keys.dtype, values.dtype, keys.device
+
+    def takes_step(self, query_length: int) -> bool:
+        """Whether so many new tokens are taken by `_step`."""
+        if query_length != 1 or not self.is_initialized:
+            return False
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.group.begun == self._seen:
+            return True  # the first ring does
+        if self.in_order or self.record_past or self.rows.windowed:
+            return False
+        if self.rows.announces_step:
+            return True
+        return not compiling and self.seen + 1 - self.window_length >= self._cropped
+
+    def announces_step(self, query_length: int) -> bool:
+        """Whether so many new tokens get all slots, full or not, as they do in a compiled model."""
+        return self.rows.announces_step and self.takes_step(query_length)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if key_states.shape[::2][:2] != value_states.shape[::2][:2]:
-            raise ValueError(
-                "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
-                f"{[*key_states.shape]} and {[*value_states.shape]}."
-            )
+        query_length = key_states.shape[2]
+        if self.takes_step(query_length):
+            # The same checks as below, in a form that a step can afford.
+            like = key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device
+            if like != self._single_token:
+                self._check_like_first(key_states, value_states)
+            return self._step(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_like_first("key_states", key_states, self.keys)
-        self._check_like_first("value_states", value_states, self.values)
+        self._check_like_first(key_states, value_states)
         self._store_recorded()
-        query_length = key_states.shape[-2]
         seen = self.seen + query_length
         if self.rows.windowed:
             returned = self._windowed(key_states, value_states)
-            self.shift = self._shift_of(seen)
             self.seen = seen
             return returned
         # The shift of the first query counts for all of them; see get_mask_sizes.
         shift = self._shift_of(self.seen + min(query_length, 1))
-        self._turn_sinks(shift)
-
-        in_slot_order = seen <= self.window_length and shift == 0
-        full_ring = query_length == 1 and seen - shift == self.window_length and not self.in_order
         # Views would be written over before a backward pass reads them. Under autograd the new states are handed on
-        # themselves, the kept ones as constants; the order is the same.
-        if (in_slot_order or full_ring) and not (torch.is_grad_enabled() or self.record_past):
+        # themselves, the kept ones as constants.
+        if seen <= self.window_length and shift == 0 and not (torch.is_grad_enabled() or self.record_past):
             self._write(key_states, value_states)
-            kept = seen - shift
-            returned = self.keys[:, :, :kept], self.values[:, :, :kept]
+            returned = self.keys[:, :, :seen], self.values[:, :, :seen]
         else:
             returned = self._joined(self.keys, key_states, shift), self._joined(self.values, value_states, shift)
             if self.record_past:
                 self._recorded = key_states.detach(), value_states.detach()
                 return returned
             self._write(key_states, value_states)
-        self.shift = self._shift_of(seen)
         self.seen = seen
         return returned
 
+    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one token over the oldest recent one, or into an empty slot, and turn the sinks: all slots, as they lie.
+
+        What depends on the number of tokens is in tensors, so that a compiled model is compiled once.
+        """
+        group, rows = self.group, self.rows
+        if self.place == 0:
+            group.begin(self._seen)
+        slot = group.slot()
+        if not rows.all_sinks_born and self.rotation is not None:
+            is_new = rows.sink_slots(slot.device) == slot
+            born = self.turning(key_states, value_states).detach()
+            self.sinks.copy_(torch.where(is_new[..., None, :, None], born, self.sinks))
+            group.forget_sinks()
+        keys, values = self.keys, self.values
+        if torch.is_grad_enabled():
+            # A backward pass must not read what later tokens are written over.
+            keys, values = put(keys.clone(), slot, key_states), put(values.clone(), slot, value_states)
+            key_states, value_states = key_states.detach(), value_states.detach()
+        put(self.keys, slot, key_states)
+        put(self.values, slot, value_states)
+        if not torch.compiler.is_compiling():
+            self._seen += 1
+        return keys, values
+
     def _joined(self, slots: Tensor, states: Tensor, shift: int) -> Tensor:
-        """The held tokens, without the first `shift` that are no sinks, and new ones: always in the same order."""
-        full_ring = states.shape[2] == 1 and self.seen + 1 - shift == self.window_length and not self.in_order
-        if full_ring and shift > 0 and self.rows.pads is not None:
-            return slots.scatter(2, spread(self.rows.new_slots(self.seen, slots.device), states), states)
-        if full_ring and shift > 0:
-            slot = self._slot(self.seen)
-            return torch.cat([slots[:, :, :slot], states, slots[:, :, slot + 1 :]], dim=2)
-        return torch.cat([*self._in_order(slots, shift), states], dim=2)
+        """The held tokens, without the first `shift` that are no sinks, and new ones, in order."""
+        device, num_sinks = slots.device, min(self.num_sink_tokens, self.seen)
+        sinks = slots[:, :, :num_sinks]
+        turns = self.rotation is not None and shift > 0 and slots is self.turning(self.keys, self.values)
+        if self.rotation is not None and turns:
+            turned = self.rotation.turned_by(self.rows.phase(self.rotation, shift, self.sinks), self.sinks)
+            sinks = turned.to(slots.dtype)
+        if self.rows.pads is not None:
+            if turns:
+                slots = put(slots.clone(), self.rows.sink_slots(device), sinks)
+            held = self.rows.ordered_slots(self.seen, self.seen - shift, device)
+            return torch.cat([take(slots, held), states], dim=2)
+        return torch.cat([sinks, *self._recent(slots, max(self.seen - shift - num_sinks, 0)), states], dim=2)
+
+    def _recent(self, slots: Tensor, length: int) -> list[Tensor]:
+        """The last `length` tokens in order, as views."""
+        if self.rows.pads is not None:
+            return [take(slots, self.rows.recent_slots(self.seen, length, slots.device))]
+        first = self.seen - length
+        num_sinks = max(self.num_sink_tokens - first, 0)
+        start = self.rows.slot(first + num_sinks)
+        wrapped = max(start + length - num_sinks - self.window_length, 0)
+        return [
+            slots[:, :, first : first + num_sinks],
+            slots[:, :, start : start + length - num_sinks - wrapped],
+            slots[:, :, self.num_sink_tokens : self.num_sink_tokens + wrapped],
+        ]
 
     def _windowed(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What `Rows.windowed` asks for: the sinks once per query, each copy turned for its query, then the rest."""
-        query_length = key_states.shape[2]
-        recent = self.rows.windowed_slots(self.seen, self.keys.device)
-        # Read before the new ones are written over them.
-        kept = take(self.keys, recent), take(self.values, recent)
+        query_length, num_sinks = key_states.shape[2], self.num_sink_tokens
+        num_copies = query_length * num_sinks
+        returned = []
+        for slots, states in ((self.keys, key_states), (self.values, value_states)):
+            rest = [*self._recent(slots, self.rows.windowed_recent(self.seen)), states]
+            length = num_copies + sum(part.shape[2] for part in rest)
+            joined = slots.new_empty(*slots.shape[:2], length, slots.shape[3])
+            for part in reversed(rest):
+                length -= part.shape[2]
+                joined[:, :, length : length + part.shape[2]] = part
+            returned.append(joined)
         self._write(key_states, value_states)
-        copies = []
-        for slots in (self.keys, self.values):
-            sinks = take(slots, self.rows.sink_slots(self.keys.device))[:, :, None].repeat(1, 1, query_length, 1, 1)
-            if self.rotation is not None and slots is self._turning(self.keys, self.values):
+        # Some of the sinks may be among the new tokens.
+        for slots, joined in zip((self.keys, self.values), returned, strict=True):
+            if self.rotation is not None and slots is self.turning(self.keys, self.values):
                 phase = self.rows.windowed_phase(self.rotation, self.seen, query_length, self.sinks)
-                self.rotation.pairs(sinks).copy_(torch.view_as_real(self.sinks[:, :, None] * phase))
-            copies.append(sinks.flatten(2, 3))
-        self._turned = None
-        return (
-            torch.cat([copies[0], kept[0], key_states], dim=2),
-            torch.cat([copies[1], kept[1], value_states], dim=2),
-        )
+                copies = self.sinks[:, :, None].expand(-1, -1, query_length, -1, -1)
+                sinks = self.rotation.turned_by(phase, copies)
+            else:
+                sinks = take(slots, self.rows.sink_slots(slots.device))[:, :, None]
+            joined[:, :, :num_copies].unflatten(2, (query_length, num_sinks)).copy_(sinks)
+        return returned[0], returned[1]
 
-    def _check_like_first(self, name: str, states: Tensor, slots: Tensor) -> None:
-        if states.shape[:2] != slots.shape[:2] or states.shape[3:] != slots.shape[3:]:
+    def _check_like_first(self, key_states: Tensor, value_states: Tensor) -> None:
+        if key_states.shape[::2][:2] != value_states.shape[::2][:2]:
             raise ValueError(
-                f"`{name}` must keep batch size, heads and head dimension, {[*slots.shape[:2], slots.shape[3]]}, got "
-                f"the shape {[*states.shape]}. Call `reset()`, or use a new cache, for another batch."
+                "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
+                f"{[*key_states.shape]} and {[*value_states.shape]}."
             )
-        if states.dtype != slots.dtype or states.device != slots.device:
-            raise ValueError(
-                f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
-                f"{states.device}. Call `reset()`, or use a new cache, to change them."
-            )
-
-    def _turn_sinks(self, shift: int) -> None:
-        """Rotate the sinks in their slots to where they act once `shift` tokens are evicted."""
-        if shift == self._turned or self.rotation is None:
-            return
-        turned = torch.view_as_real(self.sinks * self.rows.phase(self.rotation, shift, self.sinks))
-        slots = self._turning(self.keys, self.values)
-        if self.rows.pads is None:
-            self.rotation.pairs(slots[:, :, : self.num_sink_tokens]).copy_(turned)
-        else:
-            index = self.rows.sink_slots(slots.device)
-            sinks = take(slots, index)
-            self.rotation.pairs(sinks).copy_(turned)
-            slots.scatter_(2, spread(index, sinks), sinks)
-        self._turned = shift
+        for name, states, slots in (("key_states", key_states, self.keys), ("value_states", value_states, self.values)):
+            if states.shape[:2] != slots.shape[:2] or states.shape[3:] != slots.shape[3:]:
+                raise ValueError(
+                    f"`{name}` must keep batch size, heads and head dimension, {[*slots.shape[:2], slots.shape[3]]}, "
+                    f"got the shape {[*states.shape]}. Call `reset()`, or use a new cache, for another batch."
+                )
+            if states.dtype != slots.dtype or states.device != slots.device:
+                raise ValueError(
+                    f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
+                    f"{states.device}. Call `reset()`, or use a new cache, to change them."
+                )
 
     def rebase(self, shift: int) -> None:
         """Wind all states back, so that the first `shift` evicted tokens are no part of their positions any more."""
         self._store_recorded()
         if self.rotation is not None and self.is_initialized:
-            slots = self._turning(self.keys, self.values)
-            for slot in slots.split(1024, dim=2):  # in pieces, for the memory that complex numbers take
-                rotated = self.rotation.complex_pairs(slot)
-                turned = rotated * self.rows.phase(self.rotation, shift, rotated).conj()
-                self.rotation.pairs(slot).copy_(torch.view_as_real(turned))
-            self._turned = None
+            slots = self.turning(self.keys, self.values)
+            for slot in slots.split(1024, dim=2):  # in pieces, for the memory that float32 takes
+                back = self.rows.phase(self.rotation, shift, self.sinks) * self.sinks.new_tensor([1, -1])
+                slot.copy_(self.rotation.turned_by(back, slot))
 
-    def _turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
+    def turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Those of the two that carry the position."""
         return value_states if self.rotation is not None and self.rotation.in_values else key_states
-
-    def _slot(self, position: int) -> int:
-        """The slot of the token at `position` that is no sink."""
-        return self.num_sink_tokens + (position - self.num_sink_tokens) % (self.window_length - self.num_sink_tokens)
-
-    def _in_order(self, slots: Tensor, shift: int) -> list[Tensor]:
-        """The held tokens in the order of their positions, without the first `shift` that are no sinks."""
-        if self.rows.pads is not None:
-            return [take(slots, self.rows.ordered_slots(self.seen, self.seen - shift, slots.device))]
-        num_sinks = min(self.num_sink_tokens, self.seen)
-        num_recent = max(self.seen - shift - num_sinks, 0)
-        first = self._slot(num_sinks + shift)
-        wrapped = max(first + num_recent - self.window_length, 0)
-        return [
-            slots[:, :, :num_sinks],
-            slots[:, :, first : first + num_recent - wrapped],
-            slots[:, :, self.num_sink_tokens : self.num_sink_tokens + wrapped],
-        ]
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put the states of new tokens into their slots, over those of the tokens they evict."""
@@ -608,11 +750,11 @@ class SinkLayer(CacheLayerMixin):
             self.keys[:, :, born] = key_states[:, :, :num_sinks]
             self.values[:, :, born] = value_states[:, :, :num_sinks]
             if self.rotation is not None:
-                turning = self._turning(key_states, value_states)[:, :, :num_sinks]
-                self.sinks[:, :, born] = self.rotation.complex_pairs(turning)
+                self.sinks[:, :, born] = self.turning(key_states, value_states)[:, :, :num_sinks]
+                self.group.forget_sinks()
         # Of a chunk longer than the ring only the last tokens stay.
         skipped = max(num_sinks, query_length - (self.window_length - self.num_sink_tokens))
-        first = self._slot(self.seen + skipped)
+        first = self.rows.slot(self.seen + skipped)
         straight = min(query_length - skipped, self.window_length - first)
         for slots, states in ((self.keys, key_states), (self.values, value_states)):
             slots.narrow(2, first, straight).copy_(states.narrow(2, skipped, straight))
@@ -623,18 +765,14 @@ class SinkLayer(CacheLayerMixin):
     def _write_rows(self, key_states: Tensor, value_states: Tensor) -> None:
         """The same for rows with different padding, which lie in different slots."""
         query_length, device = key_states.shape[2], key_states.device
-        if query_length == 1 and self.rows.all_sinks_seen(self.seen):
-            index = self.rows.new_slots(self.seen, device)
-            for slots, states in ((self.keys, key_states), (self.values, value_states)):
-                slots.scatter_(2, spread(index, states), states)
-            return
         is_new, source = self.rows.sources(self.seen, query_length, self.window_length, device)
         for slots, states in ((self.keys, key_states), (self.values, value_states)):
             slots.copy_(torch.where(is_new[:, None, :, None], take(states, source), slots))
         if self.rotation is not None:
             is_new, source = self.rows.sources(self.seen, query_length, self.num_sink_tokens, device)
-            born = self.rotation.complex_pairs(take(self._turning(key_states, value_states), source))
+            born = take(self.turning(key_states, value_states), source)
             self.sinks.copy_(torch.where(is_new[:, None, :, None], born, self.sinks))
+            self.group.forget_sinks()
 
     def activate_past_recording(self) -> None:
         """From now on keep what each update evicts until the next call, so that `crop` can take the update back."""
@@ -653,7 +791,6 @@ class SinkLayer(CacheLayerMixin):
                 return
             self._write(key_states, value_states)
             self.seen += key_states.shape[2]
-            self.shift = self._shift_of(self.seen)
 
     def length_after_crop(self, tokens_to_remove: int) -> int:
         """How many tokens will have been seen after `crop(tokens_to_remove)`.
@@ -681,15 +818,25 @@ class SinkLayer(CacheLayerMixin):
             accepted = max(seen - self.seen, 0)
             self._recorded = self._recorded[0][:, :, :accepted], self._recorded[1][:, :, :accepted]
             self._store_recorded()
+        self._cropped = self.shift
         self.seen = seen
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            with torch.inference_mode(False):
-                self._store_recorded()
-                self.keys, self.values = function(self.keys), function(self.values)
-                if self.rotation is not None:
-                    self.sinks = function(self.sinks)
+        if not self.is_initialized:
+            return
+
+        def replaced(states: Tensor) -> Tensor:
+            new = function(states)
+            # Compiled steps know where the states of a batch of this size are.
+            return states.copy_(new) if self.rows.accelerated and new.shape == states.shape else new
+
+        with torch.inference_mode(False):
+            self._store_recorded()
+            self.keys, self.values = replaced(self.keys), replaced(self.values)
+            if self.rotation is not None:
+                self.sinks = replaced(self.sinks)
+                self.group.forget_sinks()
+            self._hold()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_batch(lambda states: states.index_select(0, beam_idx.to(states.device)))

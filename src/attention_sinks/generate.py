@@ -100,7 +100,7 @@ def sink_generate(
         generate_kwargs["attention_mask"] = attention_mask
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_bounded_positions(model, cache))
+        stack.enter_context(_prepared_for(model, cache))
         if input_ids is not None and not embedded:
             attention_mask = _whole_mask(cache, input_ids, attention_mask)
             generate_kwargs["attention_mask"] = attention_mask
@@ -164,8 +164,7 @@ def sink_prefill(
         raise TypeError(
             f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
         )
-    with _bounded_positions(model, past_key_values):
-        yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
+    yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
 
 
 @torch.no_grad()
@@ -189,6 +188,7 @@ def _read(
             "pads from tokens in its first chunk only. Read the rows one by one."
         )
     while input_ids.shape[1] > 0:
+        _wind_back(cache, min(chunk_size, input_ids.shape[1]))
         seen = cache.get_seq_length()
         # After a crop single tokens fill the window again.
         query_length = chunk_size if cache.kept_length == min(seen, cache.window_length) else 1
@@ -204,8 +204,8 @@ def _read(
             positions = torch.arange(seen, seen + query_length, device=chunk.device)[None]
             if pads is not None:
                 positions = (positions - pads.to(chunk.device)[:, None]).clamp(min=0)
-            model_kwargs = {**model_kwargs, "position_ids": positions}
-        with cache.windows(windowed):
+            model_kwargs = {**model_kwargs, "position_ids": _lowered(cache, positions)}
+        with cache.lowers_positions(), cache.windows(windowed):
             output = model(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True, **model_kwargs)
         yield output
 
@@ -242,53 +242,49 @@ def _last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def _wind_back(cache: SinkCache, query_length: int) -> None:
+    """Wind positions back if so many new tokens would come to their end."""
+    if query_length > cache.positions_left() and cache.can_rebase:
+        cache.rebase()
+
+
+def _lowered(cache: SinkCache, position_ids: Tensor) -> Tensor:
+    """Positions `[..., query_length]` as the model must be given them."""
+    offsets = cache.position_offsets
+    if isinstance(offsets, Tensor):
+        offsets = offsets.to(position_ids.device)[:, None]
+    return (position_ids - offsets).clamp(min=0)
+
+
 @contextlib.contextmanager
-def _bounded_positions(model: Any, cache: SinkCache) -> Iterator[None]:
-    """Wind positions back whenever the model would come to their end, and give it lower ones from then on."""
+def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
+    """Let `generate` give the model what a cache that may wind positions back, and be compiled, needs at each step."""
+    prepare = model.prepare_inputs_for_generation
 
-    def lower(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def prepared(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not cache:
-            return None
-        new = kwargs.get("input_ids")
-        new = kwargs["inputs_embeds"] if new is None else new
-        if new.shape[1] > cache.positions_left() and cache.can_rebase:
-            cache.rebase()
-        if cache.rows.base == 0:
-            return None
-        cache.rows.lowered = True
-        offsets = cache.position_offsets
-        if isinstance(offsets, Tensor):
-            offsets = offsets.to(new.device)[:, None]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            seen = cache.get_seq_length()
-            positions = torch.arange(seen, seen + new.shape[1], device=new.device)[None]
-        return args, {**kwargs, "position_ids": (positions - offsets).clamp(min=0)}
-
-    def keep_cache(*args: Any, **kwargs: Any) -> Any:
+            return prepare(*args, **kwargs)
+        given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        longest = max(new.shape[1] for new in given if new is not None)
+        _wind_back(cache, kwargs.get("next_sequence_length") or longest)
         model_inputs = prepare(*args, **kwargs)
-        if kwargs.get("past_key_values") is cache and model_inputs.get("past_key_values") is None:
+        if model_inputs.get("past_key_values") is None:
+            # Phi-3 and its kin drop the cache where their frequencies change, which positions here never come to.
             model_inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
+        new = model_inputs.get("input_ids")
+        new = model_inputs["inputs_embeds"] if new is None else new
+        if cache.rows.base > 0:
+            positions = model_inputs.get("position_ids")
+            if positions is None:
+                seen = cache.get_seq_length()
+                positions = torch.arange(seen, seen + new.shape[1], device=new.device)[None]
+            model_inputs["position_ids"] = _lowered(cache, positions)
+        if new.shape[1] == 1 and cache.needs_no_mask:
+            model_inputs["attention_mask"] = None
         return model_inputs
 
-    def done(*_: Any) -> None:
-        cache.rows.lowered = False
-
-    hooks = [
-        model.register_forward_pre_hook(lower, with_kwargs=True),
-        model.register_forward_hook(done, always_call=True),
-    ]
-    # Phi-3 and its kin drop the cache where their frequencies change, which positions here never come to.
-    prepare = model.prepare_inputs_for_generation
-    drops = (
-        cache.ends and type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    )
-    try:
-        with _prepared_by(model, keep_cache) if drops else contextlib.nullcontext():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with cache.lowers_positions(), _prepared_by(model, prepared):
+        yield
 
 
 @contextlib.contextmanager

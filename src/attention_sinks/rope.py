@@ -67,21 +67,13 @@ class Rotation:
             return rotating.view(*rotating.shape[:-1], num_pairs, 2)
         return rotating.view(*rotating.shape[:-1], 2, num_pairs).transpose(-1, -2)
 
-    def complex_pairs(self, key_states: Tensor) -> Tensor:
-        """A copy of the rotating dimensions of keys `[..., head_dim]` as complex numbers `[..., rotary_dim / 2]`.
-
-        At least complex64, so that turning half-precision keys rounds once, on the way back.
-        """
-        precision = torch.promote_types(key_states.dtype, torch.float32)
-        return torch.complex(*self.pairs(key_states).to(precision).unbind(-1))
-
     def phase(self, shift: int | Tensor, dtype: torch.dtype) -> Tensor:
-        """The complex factors, shape `[rotary_dim / 2]`, that turn `complex_pairs` forward by `shift` positions.
+        """Cosine and sine of the angles by which pairs turn in `shift` positions, shape `[rotary_dim / 2, 2]`.
 
-        Shifts `[..., 1]` give factors `[..., rotary_dim / 2]`. The angles are float64, computed where `inv_freq` lies.
+        Shifts `[..., 1]` give `[..., rotary_dim / 2, 2]`. The angles are float64, computed where `inv_freq` lies.
         """
         angles = self.inv_freq * shift
-        return torch.polar(torch.ones_like(angles), angles).to(dtype)
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
 
     def to(self, device: torch.device) -> "Rotation":
         """The same rotation with its frequencies on `device`."""
@@ -89,10 +81,19 @@ class Rotation:
 
     def turned(self, key_states: Tensor, shift: int) -> Tensor:
         """Keys `[..., head_dim]` moved forward by `shift` positions, as a new tensor."""
-        rotated = self.complex_pairs(key_states)
-        turned = key_states.clone()
-        self.pairs(turned).copy_(torch.view_as_real(rotated * self.phase(shift, rotated.dtype)))
-        return turned
+        return self.turned_by(self.phase(shift, torch.promote_types(key_states.dtype, torch.float32)), key_states)
+
+    def turned_by(self, phase: Tensor, key_states: Tensor) -> Tensor:
+        """Keys `[..., head_dim]` turned by what `phase` gave; half precision is rounded once, at the end."""
+        states = key_states.to(phase.dtype)
+        cos, sin = phase.unbind(-1)
+        x, y = self.pairs(states).unbind(-1)
+        turned = states.clone()
+        pairs = self.pairs(turned)
+        pairs.mul_(cos[..., None])
+        pairs[..., 0].addcmul_(y, sin, value=-1)
+        pairs[..., 1].addcmul_(x, sin)
+        return turned.to(key_states.dtype)
 
 
 # Models compute positions in float32, which tells neighbours apart up to here.

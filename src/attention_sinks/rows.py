@@ -1,7 +1,4 @@
-"""Where the tokens of each row of a batch lie and how far they are turned, computed once a step for all layers.
-
-Knows neither models nor stored states.
-"""
+"""Where the tokens of each row of a batch lie and how far they are turned, computed once a step for all layers."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,6 +11,11 @@ from .rope import Rotation
 _T = TypeVar("_T")
 
 
+def generate_compiles(device: torch.device | None) -> bool:
+    """Whether `generate` of transformers compiles a model on a device by itself, if the cache can be compiled."""
+    return device is not None and device.type in {"cuda", "xpu"}
+
+
 class Rows:
     """What the layers of a cache share: padding, rebasing, and what one step computes for all of them.
 
@@ -23,12 +25,19 @@ class Rows:
 
     Args:
         window_length, num_sink_tokens: those of the cache.
-        pads: how many columns of padding each row begins with; None if there are none.
+        compiles: whether single tokens can be taken by tensors alone, as `torch.compile` wants it.
+        sliding: whether some mask is that of a sliding window of the model's own.
     """
 
-    def __init__(self, window_length: int, num_sink_tokens: int, pads: Tensor | None) -> None:
+    def __init__(self, window_length: int, num_sink_tokens: int, compiles: bool, sliding: bool) -> None:
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
+        self.compiles = compiles
+        self.sliding = sliding
+        self.restart(None)
+
+    def restart(self, pads: Tensor | None) -> None:
+        """Begin a new stream; `pads` is how many columns of padding each row begins with, None if there are none."""
         self.pads = pads
         self.most_pads = self.least_pads = 0
         if pads is not None:
@@ -40,37 +49,88 @@ class Rows:
         # Whether `update` returns what lets every query of a chunk see exactly its own window.
         self.windowed = False
         self._computed: dict[Any, Any] = {}
+        # What follows is about compiled steps. They cannot read numbers of Python, which change at every step, without
+        # being compiled anew, but flags they can.
+        self.all_sinks_born = False
+        # Whether a single token finds no slot empty, so that no mask is needed.
+        self.is_full = False
+        # Whether fewer tokens are held than fit, after a `crop`.
+        self.has_gap = False
+        # Where `generate` compiles by itself, single tokens are announced as a compiled step takes them, until it shows
+        # that they are not compiled.
+        self.accelerated = generate_compiles(torch.accelerator.current_accelerator(check_available=True))
+        self.eager_tokens = 0
+        # Whether compiled steps have counted tokens that Python does not know of, and how many there are at most.
+        self.stale = False
+        self.announced = 0
+        self._groups: dict[Any, Group] = {}
+        self.last_ring: Any = None
+
+    def group_of(self, ring: Any) -> "Group":
+        """The group of a ring that has just got its buffers."""
+        device, sinks = ring.keys.device, None if ring.rotation is None else ring.sinks
+        key = ring.rotation, device, ring.keys.dtype, None if sinks is None else sinks.shape
+        if key not in self._groups:
+            self.accelerated = generate_compiles(device)
+            if not self._groups and self.pads is not None:
+                self.pads = self.pads.to(device)
+            self._groups[key] = Group(self, ring.rotation, device)
+        group = self._groups[key]
+        group.rings.append(ring)
+        self.last_ring = ring
+        return group
+
+    def fix_address(self, *tensors: Tensor) -> None:
+        """Let CUDA graphs write to tensors where they are; another cache is no reason to compile anew."""
+        if self.accelerated and not torch.compiler.is_compiling():
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def settle(self) -> None:
+        """Let Python know how many tokens compiled steps have taken; waits for the device."""
+        self.stale = False
+        self.announced = 0
+        for group in self._groups.values():
+            behind = int(group.count) - group.rings[0].seen
+            for ring in group.rings:
+                ring.seen += behind
+            group.forget_sinks()
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.pads is not None:
             self.pads = function(self.pads)
             self._computed.clear()
 
+    @property
+    def announces_step(self) -> bool:
+        """Whether the next single token is announced as a compiled step takes it."""
+        steady = self.compiles and not self.windowed and not self.has_gap
+        return steady and (torch.compiler.is_compiling() or (self.accelerated and self.eager_tokens < 2))
+
     def offsets(self) -> int | Tensor:
         """How far positions were wound back, for all rows or `[batch_size]`."""
         return self.base if self.pads is None else (self.base - self.pads).clamp(min=0)
 
     def phase(self, rotation: Rotation, shift: int, states: Tensor) -> Tensor:
-        """The factors that turn `states` `[batch_size, ..., rotary_dim / 2]` to where they act after `shift` evictions.
+        """What turns `states` to where they act after `shift` evictions, if they act at `offsets()` now.
 
-        They are for states that act at `offsets()`.
+        Cosine and sine, `[rotary_dim / 2, 2]`, or `[batch_size, 1, 1, rotary_dim / 2, 2]` of a padded batch.
         """
+        return self._phase(("phase", shift), rotation, states, lambda on: self.turns(shift, self.pads_on(on)))
 
-        def compute(device: torch.device) -> int | Tensor:
-            pads = self._pads_on(device)
-            if pads is None:
-                return shift - self.base
-            evicted: Tensor = (shift - pads).clamp(min=0) - (self.base - pads).clamp(min=0)
-            return evicted[:, None, None, None]
-
-        return self._phase(("phase", shift), rotation, states, compute)
+    def turns(self, shift: int | Tensor, pads: Tensor | None) -> int | Tensor:
+        """By how many positions states act further on, for all rows or `[batch_size, 1, 1, 1]`."""
+        if pads is None:
+            return shift - self.base
+        evicted: Tensor = (shift - pads).clamp(min=0) - (self.base - pads).clamp(min=0)
+        return evicted[:, None, None, None]
 
     def windowed_phase(self, rotation: Rotation, seen: int, query_length: int, states: Tensor) -> Tensor:
-        """The same for the window of every query, `[batch_size or 1, 1, query_length, 1, rotary_dim / 2]`."""
+        """The same for the window of every query, `[batch_size or 1, 1, query_length, 1, rotary_dim / 2, 2]`."""
 
         def compute(device: torch.device) -> Tensor:
             evicted = torch.arange(query_length, device=device)[None] + (seen + 1 - self.window_length)
-            pads = self._pads_on(device)
+            pads = self.pads_on(device)
             if pads is None:
                 shifts = evicted.clamp(min=0) - self.base
             else:
@@ -81,8 +141,7 @@ class Rows:
 
     def _phase(self, key: Any, rotation: Rotation, states: Tensor, shift: Callable[[torch.device], Any]) -> Tensor:
         device = states.device
-        # MPS has no float64.
-        on = torch.device("cpu") if device.type == "mps" else device
+        on = _where_float64(device)
         there = self._once(("rotation", rotation, on), lambda: rotation.to(on))
         return self._once(
             (*key, rotation, device, states.dtype, self.base),
@@ -90,6 +149,8 @@ class Rows:
         )
 
     def _once(self, key: Any, compute: Callable[[], _T]) -> _T:
+        if torch.compiler.is_compiling():  # the compiler sees by itself what layers have in common
+            return compute()
         if key not in self._computed:
             if len(self._computed) > 64:  # those of earlier steps
                 self._computed.clear()
@@ -97,16 +158,15 @@ class Rows:
         computed: _T = self._computed[key]
         return computed
 
-    def _pads_on(self, device: torch.device) -> Any:
+    def pads_on(self, device: torch.device) -> Any:
         pads = self.pads
         return None if pads is None else self._once(("pads", device), lambda: pads.to(device))
 
-    def _slots(self, tokens: Tensor, device: torch.device) -> Tensor:
+    def _slots(self, tokens: Tensor, pads: Tensor | None) -> Tensor:
         """The slots of tokens `[k]`, or `[batch_size, k]` of a padded batch."""
         window_length, num_sinks = self.window_length, self.num_sink_tokens
         in_ring = num_sinks + (tokens - num_sinks) % (window_length - num_sinks)
         slots = torch.where(tokens < window_length, tokens, in_ring)
-        pads = self._pads_on(device)
         if pads is None:
             return slots
         pads = pads.clamp(max=window_length)[:, None]
@@ -115,26 +175,37 @@ class Rows:
     def sink_slots(self, device: torch.device) -> Tensor:
         def compute() -> Tensor:
             tokens = torch.arange(self.num_sink_tokens, device=device)
-            return self._slots(tokens if self.pads is None else tokens.expand(len(self.pads), -1), device)
+            return self._slots(tokens if self.pads is None else tokens.expand(len(self.pads), -1), self.pads_on(device))
 
         return self._once(("sinks", device), compute)
+
+    def slots_after(self, seen: Tensor, pads: Tensor | None) -> Tensor:
+        """Where the next token of each row goes after `seen` `[1]` tokens, `[1]` or `[batch_size, 1]`."""
+        return self._slots(seen if pads is None else seen - pads[:, None], pads)
 
     def all_sinks_seen(self, seen: int) -> bool:
         return seen - self.most_pads >= self.num_sink_tokens
 
     def new_slots(self, seen: int, device: torch.device) -> Tensor:
-        """Where the next token of each row of a padded batch goes, `[batch_size, 1]`."""
-        return self._once(("new", seen, device), lambda: self._slots(seen - self._pads_on(device)[:, None], device))
+        """The same, after a number of tokens that Python knows."""
+        seen_there = torch.full((1,), seen, device=device)
+        return self._once(("new", seen, device), lambda: self.slots_after(seen_there, self.pads_on(device)))
+
+    def slot(self, token: int) -> int:
+        """The slot of a token in a batch without padding."""
+        num_sinks = self.num_sink_tokens
+        in_ring = num_sinks + (token - num_sinks) % (self.window_length - num_sinks)
+        return token if token < self.window_length else in_ring
 
     def ordered_slots(self, seen: int, length: int, device: torch.device) -> Tensor:
         """The sinks and the last tokens of each row, `length` in all, in order; empty slots come first."""
 
         def compute() -> Tensor:
-            held = seen - self._pads_on(device)[:, None]
+            held = seen - self.pads_on(device)[:, None]
             missing = length - held.clamp(0, length)
             tokens = torch.arange(length, device=device) - missing
             tokens = torch.where(tokens < self.num_sink_tokens, tokens, held - length + missing + tokens)
-            return self._slots(tokens.clamp(min=0), device)
+            return self._slots(tokens.clamp(min=0), self.pads_on(device))
 
         return self._once(("ordered", seen, length, device), compute)
 
@@ -145,7 +216,7 @@ class Rows:
         """
 
         def compute() -> tuple[Tensor, Tensor]:
-            pads = self._pads_on(device)[:, None]
+            pads = self.pads_on(device)[:, None]
             tokens = torch.arange(length, device=device)[None]
             if length == self.window_length:
                 empty = pads.clamp(max=length)
@@ -159,34 +230,33 @@ class Rows:
 
         return self._once(("sources", seen, query_length, length, device), compute)
 
-    def _windowed_recent(self, seen: int) -> int:
+    def windowed_recent(self, seen: int) -> int:
+        """How many tokens the first query of a chunk sees beside the sinks and itself."""
         return min(seen, self.window_length - self.num_sink_tokens - 1)
 
-    def windowed_slots(self, seen: int, device: torch.device) -> Tensor:
-        """Where the tokens lie that the first query of a chunk sees beside the sinks and itself."""
+    def recent_slots(self, seen: int, length: int, device: torch.device) -> Tensor:
+        """Where the last `length` tokens of each row of a padded batch lie, in order, `[batch_size, length]`."""
 
         def compute() -> Tensor:
-            tokens = torch.arange(seen - self._windowed_recent(seen), seen, device=device)
-            pads = self._pads_on(device)
-            if pads is not None:
-                tokens = (tokens - pads[:, None]).clamp(min=0)
-            return self._slots(tokens, device)
+            pads = self.pads_on(device)
+            tokens = torch.arange(seen - length, seen, device=device) - pads[:, None]
+            return self._slots(tokens.clamp(min=0), pads)
 
-        return self._once(("windowed slots", seen, device), compute)
+        return self._once(("recent", seen, length, device), compute)
 
     def windowed_length(self, seen: int, query_length: int) -> int:
-        return query_length * self.num_sink_tokens + self._windowed_recent(seen) + query_length
+        return query_length * self.num_sink_tokens + self.windowed_recent(seen) + query_length
 
     def windowed_mask(self, seen: int, query_length: int, device: torch.device) -> Callable[[Any, Any, Any, Any], Any]:
         """Which keys of a windowed update a query sees, as the mask functions of `transformers` say it."""
 
         def visible(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-            num_sinks, pads = self.num_sink_tokens, self._pads_on(device)
+            num_sinks, pads = self.num_sink_tokens, self.pads_on(device)
             padding = 0 if pads is None else pads[batch_idx]
             own_copy = kv_idx // max(num_sinks, 1) == q_idx
             query = seen + q_idx - padding
             copies = query_length * num_sinks
-            column = seen - self._windowed_recent(seen) + kv_idx - copies
+            column = seen - self.windowed_recent(seen) + kv_idx - copies
             token = column - padding
             evicted = (query + 1 - self.window_length).clamp(min=0)
             in_window = (token >= num_sinks + evicted) & (token <= query)
@@ -198,9 +268,83 @@ class Rows:
         return visible
 
 
+class Group:
+    """Rings on one device whose sinks turn alike: what one step does for all of them.
+
+    Args:
+        rows: what the layers of the cache share.
+        rotation: how the sinks turn; None if they carry no position.
+        device: where they lie.
+    """
+
+    def __init__(self, rows: Rows, rotation: Rotation | None, device: torch.device) -> None:
+        self.rows = rows
+        self.rings: list[Any] = []
+        self._device = device
+        no_sinks = rows.num_sink_tokens == 0
+        self._rotation = None if rotation is None or no_sinks else rotation.to(_where_float64(device))
+        # How many tokens were seen. Compiled steps count here, all others in Python, and bring it up to date.
+        self.count = torch.zeros((), dtype=torch.long, device=device)
+        rows.fix_address(self.count)
+        if self._rotation is not None:
+            rows.fix_address(self._rotation.inv_freq)
+        # How many tokens had been seen before the last step, if that is all that happened since.
+        self.begun: int | None = None
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._sinks: Tensor | None = None
+
+    def forget_sinks(self) -> None:
+        """To be called when the sinks of a ring were changed."""
+        self._sinks = None
+
+    def begin(self, seen: int) -> None:
+        """Turn the sinks of all rings to where they act after one more token than the `seen` ones."""
+        rows, rotation = self.rows, self._rotation
+        if torch.compiler.is_compiling():
+            self.count.add_(1)
+            rows.stale, rows.eager_tokens = True, 0
+            shift: Any = (self.count - rows.window_length).clamp(min=0)
+        else:
+            self.count.fill_(seen + 1)
+            self.begun = seen
+            self._slot = self._slot.fill_(rows.slot(seen)) if rows.pads is None else rows.new_slots(seen, self._device)
+            shift = max(seen + 1 - rows.window_length, 0)
+        if rotation is None:
+            return
+        if torch.compiler.is_compiling():
+            turns = rows.turns(shift, rows.pads_on(self._device))
+            phase = rotation.phase(turns, self.rings[0].sinks.dtype)
+            turned = tuple(rotation.turned_by(phase, ring.sinks).to(ring.keys.dtype) for ring in self.rings)
+        else:
+            if self._sinks is None:
+                self._sinks = torch.stack([ring.sinks for ring in self.rings])
+                for ring, sinks in zip(self.rings, self._sinks, strict=True):
+                    ring.sinks = sinks  # what they held is not held twice
+            phase = rows.phase(rotation, shift, self._sinks)
+            turned = rotation.turned_by(phase, self._sinks).to(self.rings[0].keys.dtype).unbind()
+        slots = rows.sink_slots(self._device)
+        for ring, sinks in zip(self.rings, turned, strict=True):
+            put(ring.turning(ring.keys, ring.values), slots, sinks)
+
+    def slot(self) -> Tensor:
+        """Where the token of the step goes, `[1]` or `[batch_size, 1]`."""
+        if torch.compiler.is_compiling():
+            return self.rows.slots_after(self.count[None] - 1, self.rows.pads_on(self._device))
+        return self._slot
+
+
+def _where_float64(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+
+
 def spread(index: Tensor, states: Tensor) -> Tensor:
     """An index `[batch_size, k]` of tokens for `gather` and `scatter` on states `[batch_size, heads, tokens, dim]`."""
     return index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+
+
+def put(slots: Tensor, index: Tensor, states: Tensor) -> Tensor:
+    """Write the states of tokens into slots `[k]`, the same for all rows, or `[batch_size, k]`."""
+    return slots.index_copy_(2, index, states) if index.ndim == 1 else slots.scatter_(2, spread(index, states), states)
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
