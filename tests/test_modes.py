@@ -165,6 +165,15 @@ def test_chunks_at_the_edges_of_the_number_of_sinks(num_sink_tokens: int) -> Non
     assert relative_error(logits, expected) < 1e-4
 
 
+@pytest.mark.parametrize("before", [1, 3, 5, 11])
+def test_chunks_may_follow_a_few_tokens(before: int) -> None:
+    """Fewer than there are sinks, too."""
+    model, ids = tiny_model("llama", num_hidden_layers=2), random_ids(60)
+    cache = SinkCache(model.config, W, S)
+    first, rest = prefilled(model, ids[:, :before], cache, 1), prefilled(model, ids[:, before:], cache, 13)
+    assert relative_error(torch.cat([first, rest], dim=1), by_token(model, ids)) < 1e-4
+
+
 def test_a_chunked_prompt_is_generated_from_as_one_fed_by_tokens() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     rows, ids, mask = padded([8, 50])

@@ -192,11 +192,10 @@ class SinkCache(Cache):
         # What concerns a whole step is checked before its first ring, and not again.
         if key_states.shape[2] != 1 or layer_idx not in self._followers or not layer.is_initialized:
             self._check_update(key_states, value_states, layer_idx)
-        is_first_update = not layer.is_initialized
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        if layer is self._last_ring and not is_first_update and not torch.compiler.is_compiling():
+        returned: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        if layer is self._last_ring and not torch.compiler.is_compiling():
             self.rows.eager_tokens = self.rows.eager_tokens + 1 if key_states.shape[2] == 1 else 0
-        return keys, values
+        return returned
 
     def _check_update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         layer, ring, batch_size = self.layers[layer_idx], self._first_ring, key_states.shape[0]
@@ -250,7 +249,7 @@ class SinkCache(Cache):
         if steps and not torch.compiler.is_compiling():
             self.rows.announced += 1
         if not steps or (not torch.compiler.is_compiling() and self.positions_left() < query_length):
-            self._check_limit(self.get_seq_length(), query_length)
+            self._check_limit(self._first_ring.num_seen, query_length)
         kv_length, kv_offset = super().get_mask_sizes(query_length, layer_idx)
         if kv_length > self._sliding_window and kv_length > query_length:
             raise ValueError(
@@ -370,20 +369,8 @@ class SinkCache(Cache):
         So it is in a compiled model, and on devices where `generate` compiles by itself, unless single tokens have
         turned out not to be compiled.
         """
-        if torch.compiler.is_compiling() and self.rows.is_full:
-            return False  # there is nothing to hide, and attention without a mask is faster
         ring = self._first_ring
         return ring.announces_step(1) if ring.is_initialized else self.rows.announces_step
-
-    @property
-    def needs_no_mask(self) -> bool:
-        """Whether a single token sees all slots, in the form that is compiled."""
-        if not self.is_compileable or self.rows.pads is not None or self.rows.sliding:
-            return False
-        # Once, when the window may be full, the device is waited for.
-        if not self.rows.is_full and self._first_ring.seen_at_most + 1 >= self.window_length:
-            self.get_seq_length()
-        return self.rows.is_full
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """The number of tokens seen, in a tensor if reading it would wait for the device."""
@@ -510,14 +497,13 @@ class SinkLayer(CacheLayerMixin):
             self.group.count.fill_(seen)
         if self is self.rows.last_ring:  # what all rings have in common changes between steps only
             self.rows.all_sinks_born = self.rows.all_sinks_seen(seen)
-            self.rows.is_full = seen + 1 >= self.window_length
             self.rows.has_gap = self._cropped > max(seen + 1 - self.window_length, 0)
 
     @property
     def seen_at_most(self) -> int:
-        """`seen`, or a little more if reading it would wait for the device."""
+        """`num_seen`, or a little more if reading it would wait for the device."""
         # One more, if Python asked after a step was announced.
-        return self._seen + self.rows.announced + 1 if self.rows.stale else self.get_seq_length()
+        return self._seen + self.rows.announced + 1 if self.rows.stale else self.num_seen
 
     @property
     def shift(self) -> int:
@@ -530,6 +516,11 @@ class SinkLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         if torch.compiler.is_compiling() and self.takes_step(1):
             return self.group.count  # type: ignore[return-value]
+        return self.num_seen
+
+    @property
+    def num_seen(self) -> int:
+        """How many tokens were seen, those that `crop` may still take back included."""
         return self.seen + (0 if self._recorded is None else self._recorded[0].shape[2])
 
     def get_max_length(self) -> int:
@@ -546,7 +537,7 @@ class SinkLayer(CacheLayerMixin):
                 offset = (self.group.count + 1 - self.window_length).clamp(min=0)
                 return self.window_length, offset  # type: ignore[return-value]
             return self.window_length, max(self.seen + 1 - self.window_length, 0)
-        seen = self.get_seq_length()
+        seen = self.num_seen
         if self.rows.windowed:
             kv_length = self.rows.windowed_length(seen, query_length)
             return kv_length, seen + query_length - kv_length
@@ -672,7 +663,7 @@ class SinkLayer(CacheLayerMixin):
         if self.rows.pads is not None:
             return [take(slots, self.rows.recent_slots(self.seen, length, slots.device))]
         first = self.seen - length
-        num_sinks = max(self.num_sink_tokens - first, 0)
+        num_sinks = min(max(self.num_sink_tokens - first, 0), length)
         start = self.rows.slot(first + num_sinks)
         wrapped = max(start + length - num_sinks - self.window_length, 0)
         return [

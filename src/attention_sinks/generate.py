@@ -126,6 +126,7 @@ def sink_generate(
                 stack.enter_context(_only_last_token(model, cache))
             if cache.num_rows == len(input_ids) and repeats > 1:  # `generate` repeats the rows of the prompt alone
                 cache.batch_repeat_interleave(repeats)
+        cache.rows.eager_tokens = 0  # how the prompt was read says nothing about what follows
         return model.generate(input_ids, past_key_values=cache, **generate_kwargs)  # type: ignore[misc]
 
 
@@ -258,7 +259,10 @@ def _lowered(cache: SinkCache, position_ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
-    """Let `generate` give the model what a cache that may wind positions back, and be compiled, needs at each step."""
+    """Wind positions back whenever `generate` would come to their end, and give the model lower ones from then on.
+
+    Where `generate` prepares a forward pass: a hook on the model would be compiled with it.
+    """
     prepare = model.prepare_inputs_for_generation
 
     def prepared(*args: Any, **kwargs: Any) -> Any:
@@ -268,19 +272,17 @@ def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
         longest = max(new.shape[1] for new in given if new is not None)
         _wind_back(cache, kwargs.get("next_sequence_length") or longest)
         model_inputs = prepare(*args, **kwargs)
-        if model_inputs.get("past_key_values") is None:
+        if cache.ends and model_inputs.get("past_key_values") is None:
             # Phi-3 and its kin drop the cache where their frequencies change, which positions here never come to.
             model_inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
-        new = model_inputs.get("input_ids")
-        new = model_inputs["inputs_embeds"] if new is None else new
         if cache.rows.base > 0:
             positions = model_inputs.get("position_ids")
             if positions is None:
+                new = model_inputs.get("input_ids")
+                new = model_inputs["inputs_embeds"] if new is None else new
                 seen = cache.get_seq_length()
                 positions = torch.arange(seen, seen + new.shape[1], device=new.device)[None]
             model_inputs["position_ids"] = _lowered(cache, positions)
-        if new.shape[1] == 1 and cache.needs_no_mask:
-            model_inputs["attention_mask"] = None
         return model_inputs
 
     with cache.lowers_positions(), _prepared_by(model, prepared):

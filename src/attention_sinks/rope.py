@@ -89,10 +89,9 @@ class Rotation:
         cos, sin = phase.unbind(-1)
         x, y = self.pairs(states).unbind(-1)
         turned = states.clone()
-        pairs = self.pairs(turned)
-        pairs.mul_(cos[..., None])
-        pairs[..., 0].addcmul_(y, sin, value=-1)
-        pairs[..., 1].addcmul_(x, sin)
+        turned_x, turned_y = self.pairs(turned).unbind(-1)
+        turned_x.mul_(cos).addcmul_(y, sin, value=-1)
+        turned_y.mul_(cos).addcmul_(x, sin)
         return turned.to(key_states.dtype)
 
 

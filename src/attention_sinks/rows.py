@@ -12,8 +12,10 @@ _T = TypeVar("_T")
 
 
 def generate_compiles(device: torch.device | None) -> bool:
-    """Whether `generate` of transformers compiles a model on a device by itself, if the cache can be compiled."""
-    return device is not None and device.type in {"cuda", "xpu"}
+    """Whether `generate` of transformers compiles by itself on a device, or on one at hand, if the cache allows it."""
+    if device is None:
+        return torch.cuda.is_available() or torch.xpu.is_available()
+    return device.type in {"cuda", "xpu"}
 
 
 class Rows:
@@ -52,13 +54,11 @@ class Rows:
         # What follows is about compiled steps. They cannot read numbers of Python, which change at every step, without
         # being compiled anew, but flags they can.
         self.all_sinks_born = False
-        # Whether a single token finds no slot empty, so that no mask is needed.
-        self.is_full = False
         # Whether fewer tokens are held than fit, after a `crop`.
         self.has_gap = False
         # Where `generate` compiles by itself, single tokens are announced as a compiled step takes them, until it shows
         # that they are not compiled.
-        self.accelerated = generate_compiles(torch.accelerator.current_accelerator(check_available=True))
+        self.accelerated = generate_compiles(None)
         self.eager_tokens = 0
         # Whether compiled steps have counted tokens that Python does not know of, and how many there are at most.
         self.stale = False
@@ -77,6 +77,7 @@ class Rows:
             self._groups[key] = Group(self, ring.rotation, device)
         group = self._groups[key]
         group.rings.append(ring)
+        group.forget_sinks()
         self.last_ring = ring
         return group
 
@@ -291,16 +292,19 @@ class Group:
         # How many tokens had been seen before the last step, if that is all that happened since.
         self.begun: int | None = None
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
-        self._sinks: Tensor | None = None
+        # The pristine sinks of all rings, and the slots in which they are turned, once gathered.
+        self._sinks: Any = None
+        self._turning: list[Tensor] = []
 
     def forget_sinks(self) -> None:
-        """To be called when the sinks of a ring were changed."""
+        """To be called when the sinks of a ring, or its slots, were replaced."""
         self._sinks = None
+        self._turning = []
 
     def begin(self, seen: int) -> None:
         """Turn the sinks of all rings to where they act after one more token than the `seen` ones."""
-        rows, rotation = self.rows, self._rotation
-        if torch.compiler.is_compiling():
+        rows, rotation, compiling = self.rows, self._rotation, torch.compiler.is_compiling()
+        if compiling:
             self.count.add_(1)
             rows.stale, rows.eager_tokens = True, 0
             shift: Any = (self.count - rows.window_length).clamp(min=0)
@@ -311,20 +315,27 @@ class Group:
             shift = max(seen + 1 - rows.window_length, 0)
         if rotation is None:
             return
-        if torch.compiler.is_compiling():
-            turns = rows.turns(shift, rows.pads_on(self._device))
-            phase = rotation.phase(turns, self.rings[0].sinks.dtype)
-            turned = tuple(rotation.turned_by(phase, ring.sinks).to(ring.keys.dtype) for ring in self.rings)
+        turns = rows.turns(shift, rows.pads_on(rotation.inv_freq.device))
+        phase = rotation.phase(turns, self.rings[0].sinks.dtype).to(self._device)
+        if compiling:
+            slots = [ring.turning(ring.keys, ring.values) for ring in self.rings]
+            turned = [rotation.turned_by(phase, ring.sinks).to(ring.keys.dtype) for ring in self.rings]
         else:
             if self._sinks is None:
-                self._sinks = torch.stack([ring.sinks for ring in self.rings])
-                for ring, sinks in zip(self.rings, self._sinks, strict=True):
-                    ring.sinks = sinks  # what they held is not held twice
-            phase = rows.phase(rotation, shift, self._sinks)
-            turned = rotation.turned_by(phase, self._sinks).to(self.rings[0].keys.dtype).unbind()
-        slots = rows.sink_slots(self._device)
-        for ring, sinks in zip(self.rings, turned, strict=True):
-            put(ring.turning(ring.keys, ring.values), slots, sinks)
+                self._gather()
+            slots, dtype = self._turning, self._turning[0].dtype
+            turned = list(rotation.turned_by(phase, self._sinks).to(dtype).unbind())
+        index = rows.sink_slots(self._device)
+        for ring_slots, sinks in zip(slots, turned, strict=True):
+            put(ring_slots, index, sinks)
+
+    def _gather(self) -> None:
+        """Put the sinks of all rings into one tensor."""
+        with torch.inference_mode(False):
+            self._sinks = torch.stack([ring.sinks for ring in self.rings])
+            for ring, sinks in zip(self.rings, self._sinks.unbind(), strict=True):
+                ring.sinks = sinks  # what they held is not held twice
+        self._turning = [ring.turning(ring.keys, ring.values) for ring in self.rings]
 
     def slot(self) -> Tensor:
         """Where the token of the step goes, `[1]` or `[batch_size, 1]`."""

@@ -1,0 +1,116 @@
+"""Measure, and write `docs/benchmarks.md`: python -m benchmarks [SECTION ...]
+
+Without sections all that the machine can do are run; the page keeps what was measured before of the others. On CUDA the
+same is measured for the shape of Llama 3 8B in bfloat16.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from . import page, sections
+from .measure import LLAMA3_8B, SMOLLM2_135M, TINY, Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sections.Rows]]:
+    """What each section measures."""
+    if quick:  # that everything runs, in seconds
+        tiny = Setting(TINY, (64,), rounds=3)
+        return {
+            "update": lambda: sections.update_cost(tiny),
+            "decode": lambda: sections.decode(tiny),
+            "compiled": lambda: sections.compiled(tiny, None),
+            "prefill": lambda: sections.prefill(tiny, (8,), None),
+            "stream": lambda: sections.stream(tiny, (0, 100, 300), 64, environments),
+            "memory": lambda: sections.memory(Setting(SMOLLM2_135M, (256,), rounds=1)),
+        }
+    update = Setting({}, (1024, 4096, 16384, 65536), rounds=20)
+    decode = Setting(SMOLLM2_135M, (256, 1024, 4096, 16384), rounds=60)
+    chosen: dict[str, Callable[[], sections.Rows]] = {
+        "update": lambda: sections.update_cost(update) + sections.predecessor_updates(update, environments),
+        "decode": lambda: sections.decode(decode),
+        "compiled": lambda: sections.compiled(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=25), 6),
+        "prefill": lambda: sections.prefill(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=8), (16, 64, 256), 6),
+        "stream": lambda: sections.stream(
+            Setting(SMOLLM2_135M, (), rounds=9),
+            (0, 500, 1000, 1500, 2000, 4000, 7000, 10000, 15000, 20000),
+            sections.STREAM_WINDOW,
+            environments,
+        ),
+        "memory": lambda: sections.memory(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=1)),
+    }
+    if torch.cuda.is_available():
+        cuda, half = torch.device("cuda"), torch.bfloat16
+        large = Setting(LLAMA3_8B, (1024, 4096, 16384, 65536), 30, cuda, half)
+        chosen |= {
+            "gpu_update": lambda: sections.update_cost(Setting({}, (1024, 16384, 65536), 30, cuda, half)),
+            "gpu_decode": lambda: sections.decode(large),
+            "gpu_compiled": lambda: sections.compiled(large, None),
+            "gpu_prefill": lambda: sections.prefill(Setting(LLAMA3_8B, (4096,), 10, cuda, half), (64, 256, 1024), None),
+        }
+    return chosen
+
+
+def machine(section: str) -> str:
+    if section.startswith("gpu"):
+        return torch.cuda.get_device_name()
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def rounded(figures: Any) -> Any:
+    """Figures to five digits."""
+    if isinstance(figures, dict):
+        return {key: rounded(value) for key, value in figures.items()}
+    if isinstance(figures, list):
+        return [rounded(value) for value in figures]
+    return float(f"{figures:.5g}") if isinstance(figures, float) else figures
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(page.SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that all of it runs")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="the folder of the page")
+    parser.add_argument("--no-predecessors", action="store_true", help="leave out what needs environments of its own")
+    options = parser.parse_args(arguments)
+
+    environments = None if options.no_predecessors else ROOT / ".benchmarks"
+    chosen = plans(options.quick, environments)
+    unknown = set(options.sections) - set(page.SECTIONS)
+    if unknown:
+        parser.error(f"unknown sections {sorted(unknown)}, there are {page.SECTIONS}")
+    if not torch.cuda.is_available():
+        print("No CUDA device: the page keeps the tables of the last one.")
+    folder = options.output / "benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in options.sections or chosen:
+        if name not in chosen:
+            parser.error(f"section {name!r} needs a CUDA device")
+        print(f"{name} ...", flush=True)
+        measured: dict[str, Any] = {
+            "date": str(datetime.date.today()),
+            "machine": machine(name),
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            "rows": chosen[name](),
+        }
+        (folder / f"{name}.json").write_text(json.dumps(rounded(measured)).replace("}, {", "},\n{") + "\n")
+    page.write(options.output)
+    print(f"wrote {options.output / 'benchmarks.md'}")
+
+
+if __name__ == "__main__":
+    main()
