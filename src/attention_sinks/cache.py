@@ -721,8 +721,8 @@ class SinkLayer(CacheLayerMixin):
         if self.rotation is not None and self.is_initialized:
             slots = self.turning(self.keys, self.values)
             for slot in slots.split(1024, dim=2):  # in pieces, for the memory that float32 takes
-                back = self.rows.phase(self.rotation, shift, self.sinks) * self.sinks.new_tensor([1, -1])
-                slot.copy_(self.rotation.turned_by(back, slot))
+                cos, sin = self.rows.phase(self.rotation, shift, self.sinks)
+                slot.copy_(self.rotation.turned_by(torch.stack([cos, -sin]), slot))
 
     def turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Those of the two that carry the position."""

@@ -68,12 +68,12 @@ class Rotation:
         return rotating.view(*rotating.shape[:-1], 2, num_pairs).transpose(-1, -2)
 
     def phase(self, shift: int | Tensor, dtype: torch.dtype) -> Tensor:
-        """Cosine and sine of the angles by which pairs turn in `shift` positions, shape `[rotary_dim / 2, 2]`.
+        """Cosine and sine of the angles by which pairs turn in `shift` positions, shape `[2, rotary_dim / 2]`.
 
-        Shifts `[..., 1]` give `[..., rotary_dim / 2, 2]`. The angles are float64, computed where `inv_freq` lies.
+        Shifts `[..., 1]` give `[2, ..., rotary_dim / 2]`. The angles are float64, computed where `inv_freq` lies.
         """
         angles = self.inv_freq * shift
-        return torch.stack([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
     def to(self, device: torch.device) -> "Rotation":
         """The same rotation with its frequencies on `device`."""
@@ -86,7 +86,7 @@ class Rotation:
     def turned_by(self, phase: Tensor, key_states: Tensor) -> Tensor:
         """Keys `[..., head_dim]` turned by what `phase` gave; half precision is rounded once, at the end."""
         states = key_states.to(phase.dtype)
-        cos, sin = phase.unbind(-1)
+        cos, sin = phase
         x, y = self.pairs(states).unbind(-1)
         turned = states.clone()
         turned_x, turned_y = self.pairs(turned).unbind(-1)

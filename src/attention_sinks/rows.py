@@ -115,7 +115,7 @@ class Rows:
     def phase(self, rotation: Rotation, shift: int, states: Tensor) -> Tensor:
         """What turns `states` to where they act after `shift` evictions, if they act at `offsets()` now.
 
-        Cosine and sine, `[rotary_dim / 2, 2]`, or `[batch_size, 1, 1, rotary_dim / 2, 2]` of a padded batch.
+        Cosine and sine, `[2, rotary_dim / 2]`, or `[2, batch_size, 1, 1, rotary_dim / 2]` of a padded batch.
         """
         return self._phase(("phase", shift), rotation, states, lambda on: self.turns(shift, self.pads_on(on)))
 
@@ -127,7 +127,7 @@ class Rows:
         return evicted[:, None, None, None]
 
     def windowed_phase(self, rotation: Rotation, seen: int, query_length: int, states: Tensor) -> Tensor:
-        """The same for the window of every query, `[batch_size or 1, 1, query_length, 1, rotary_dim / 2, 2]`."""
+        """The same for the window of every query, `[2, batch_size or 1, 1, query_length, 1, rotary_dim / 2]`."""
 
         def compute(device: torch.device) -> Tensor:
             evicted = torch.arange(query_length, device=device)[None] + (seen + 1 - self.window_length)
