@@ -278,6 +278,19 @@ def test_no_step_waits_for_the_device(prompt_length: int) -> None:
     assert not operations.names.keys() & {"_local_scalar_dense", "item", "nonzero", "is_nonzero"}
 
 
+def test_a_chunk_costs_the_same_however_long_the_stream() -> None:
+    model = build("llama")
+    cache = SinkCache(model.config, W, S)
+    costs = []
+    for length in (100, 2991):  # to the same place in the ring
+        list(sink_prefill(model, random_ids(length), cache, chunk_size=100))
+        operations = Operations()
+        with operations:
+            list(sink_prefill(model, random_ids(9), cache, chunk_size=9))
+        costs.append((operations.names, operations.largest))
+    assert costs[0] == costs[1]
+
+
 def test_the_memory_of_a_cache_is_that_of_its_window() -> None:
     """In bfloat16 the pristine sinks weigh most."""
     config = build_config("llama", num_hidden_layers=3)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteriaList
+from transformers import Cache, DynamicCache, StoppingCriteriaList
 
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
 from .models import ARCHITECTURES, VOCAB_SIZE, build_config, build_model, random_ids, relative_error, tiny_model
 
 W, S = 16, 4
+LATER = hasattr(Cache, "activate_past_recording")
 PLAIN: dict[str, Any] = {
     "window_length": W,
     "num_sink_tokens": S,
@@ -210,6 +211,7 @@ def test_a_model_whose_masks_cannot_be_replaced_reads_single_tokens() -> None:
     assert relative_error(torch.stack(output.logits, dim=1), expected) < 1e-4
 
 
+@pytest.mark.skipif(not LATER, reason="prompt lookup of early transformers 5 needs an end-of-sequence token")
 @pytest.mark.parametrize("helper", ["prompt lookup", "draft model"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_rejected_candidates_leave_no_trace(helper: str, layers: int) -> None:
@@ -343,6 +345,7 @@ def test_a_loop_and_plain_generate_are_refused_where_positions_end(name: str) ->
             model.generate(random_ids(10), past_key_values=cache, max_new_tokens=60, eos_token_id=None)
 
 
+@pytest.mark.skipif(not LATER, reason="RoFormer of early transformers 5 needs a key for every token seen")
 def test_a_model_that_counts_positions_itself_ends_with_a_clear_error() -> None:
     config = transformers.RoFormerConfig(
         vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -457,6 +460,7 @@ def test_beams_continue_a_row_that_was_generated_greedily() -> None:
         assert abs(float(output.sequences_scores[i] - steps / 9)) < 1e-4
 
 
+@pytest.mark.skipif(not LATER, reason="early transformers 5 does not record the past")
 def test_recording_ends_with_the_call_that_needed_it() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     ids = torch.tensor([[5, 6, 7] * 4])
@@ -470,6 +474,7 @@ def test_recording_ends_with_the_call_that_needed_it() -> None:
     assert torch.equal(output.sequences, expected.sequences)
 
 
+@pytest.mark.skipif(not LATER, reason="early transformers 5 does not record the past")
 def test_recorded_tokens_of_a_padded_row_can_all_be_taken_back() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded([5, 30])
