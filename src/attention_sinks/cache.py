@@ -674,28 +674,26 @@ class SinkLayer(CacheLayerMixin):
 
     def _windowed(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What `Rows.windowed` asks for: the sinks once per query, each copy turned for its query, then the rest."""
-        query_length, num_sinks = key_states.shape[2], self.num_sink_tokens
-        num_copies = query_length * num_sinks
-        returned = []
-        for slots, states in ((self.keys, key_states), (self.values, value_states)):
-            rest = [*self._recent(slots, self.rows.windowed_recent(self.seen)), states]
-            length = num_copies + sum(part.shape[2] for part in rest)
-            joined = slots.new_empty(*slots.shape[:2], length, slots.shape[3])
-            for part in reversed(rest):
-                length -= part.shape[2]
-                joined[:, :, length : length + part.shape[2]] = part
-            returned.append(joined)
-        self._write(key_states, value_states)
-        # Some of the sinks may be among the new tokens.
-        for slots, joined in zip((self.keys, self.values), returned, strict=True):
+        query_length, recent = key_states.shape[2], self.rows.windowed_recent(self.seen)
+        kept = self._recent(self.keys, recent), self._recent(self.values, recent)
+        # Sinks may be among the new tokens. Then nothing evicts what was kept, or it was copied.
+        all_seen = self.rows.all_sinks_seen(self.seen)
+        if not all_seen:
+            self._write(key_states, value_states)
+        copies = []
+        for slots in (self.keys, self.values):
             if self.rotation is not None and slots is self.turning(self.keys, self.values):
                 phase = self.rows.windowed_phase(self.rotation, self.seen, query_length, self.sinks)
-                copies = self.sinks[:, :, None].expand(-1, -1, query_length, -1, -1)
-                sinks = self.rotation.turned_by(phase, copies)
+                each = self.sinks[:, :, None].expand(-1, -1, query_length, -1, -1)
+                sinks = self.rotation.turned_by(phase, each).to(slots.dtype)
             else:
-                sinks = take(slots, self.rows.sink_slots(slots.device))[:, :, None]
-            joined[:, :, :num_copies].unflatten(2, (query_length, num_sinks)).copy_(sinks)
-        return returned[0], returned[1]
+                sinks = take(slots, self.rows.sink_slots(slots.device))[:, :, None].expand(-1, -1, query_length, -1, -1)
+            copies.append(sinks.flatten(2, 3))
+        keys = torch.cat([copies[0], *kept[0], key_states], dim=2)
+        values = torch.cat([copies[1], *kept[1], value_states], dim=2)
+        if all_seen:
+            self._write(key_states, value_states)
+        return keys, values
 
     def _check_like_first(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.shape[::2][:2] != value_states.shape[::2][:2]:
