@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 
-# Sinks are repeated for every token of a chunk, so that wide chunks cost more than they save.
+# Wider chunks are somewhat faster (docs/benchmarks.md), and take memory for sinks that are repeated for every token.
 DEFAULT_CHUNK_SIZE = 64
 _NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
