@@ -139,7 +139,8 @@ def sink_prefill(
 ) -> Iterator[CausalLMOutputWithPast]:
     """Read a text of any length through a cache, in chunks: the outputs are those of feeding it token by token.
 
-    Each token of a chunk sees exactly its own window. Memory is that of `window_length + chunk_size` tokens.
+    Each token of a chunk sees exactly its own window. Memory is that of `window_length + chunk_size` tokens, and for
+    one layer at a time of the sinks once for each token of the chunk.
 
     Args:
         model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
