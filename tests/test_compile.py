@@ -213,6 +213,14 @@ def test_what_must_be_counted_at_every_step_is_not_compiled(name: str) -> None:
     assert not SinkCache(model.config, W, S).is_compileable
 
 
+@pytest.mark.usefixtures("_as_on_cuda")
+def test_attention_that_is_given_no_mask_gets_no_empty_slots() -> None:
+    config = build_config("llama")
+    for implementation in (None, "sdpa", "flash_attention_2"):
+        config._attn_implementation = implementation
+        assert SinkCache(config, W, S).is_compileable == (implementation != "flash_attention_2")
+
+
 class Operations(TorchDispatchMode):
     """Counts the operations that torch is told to do, and the bytes of what they allocate."""
 

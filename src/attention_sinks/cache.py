@@ -126,8 +126,10 @@ class SinkCache(Cache):
         ring_layers = list(positions.rotations)
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
-        # Where positions end the model must be asked at every step whether they have.
+        # Where positions end the model must be asked at every step whether they have. Flash attention is given no mask
+        # that would hide empty slots.
         compiles = positions.limit >= LAST_POSITION and not positions.in_order
+        compiles &= config._attn_implementation in (None, "eager", "sdpa", "flex_attention")
         for i, layer in enumerate(layers):
             plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
             compiles &= plain if i in ring_layers else layer.is_compileable
