@@ -3,8 +3,9 @@
 from .cache import SinkCache
 from .generate import sink_generate, sink_prefill
 from .rope import Rotation
+from .session import SinkSession
 
-__all__ = ["Rotation", "SinkCache", "sink_generate", "sink_prefill"]
+__all__ = ["Rotation", "SinkCache", "SinkSession", "sink_generate", "sink_prefill"]
 
 
 def __getattr__(name: str) -> object:

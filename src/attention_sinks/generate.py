@@ -83,7 +83,7 @@ def sink_generate(
     if embedded and prefill_chunk_size is not None:
         raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
     _check_frequencies(model)
-    settings = _Settings(model, generate_kwargs)
+    settings = Settings(model, generate_kwargs)
     started = past_key_values is not None and past_key_values.get_seq_length() > 0
     input_ids, attention_mask = _prompt_of(inputs, generate_kwargs, None if started else settings)
     if past_key_values is None:
@@ -108,7 +108,7 @@ def sink_generate(
             longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
             chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
             if chunk_size is None and fresh > min(longest, cache.positions_left()):
-                chunk_size = DEFAULT_CHUNK_SIZE if _can_window(model, cache) else 1
+                chunk_size = _default_chunk_size(model, cache)
             repeats = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
             if cache.num_rows not in (0, len(input_ids), len(input_ids) * repeats):
                 raise ValueError(
@@ -120,8 +120,10 @@ def sink_generate(
                     raise NotImplementedError(
                         f"`{seen[0]}` is not supported with a prompt that is read in chunks of {chunk_size} tokens."
                     )
+                check_arguments(model, input_ids, {**generate_kwargs, "past_key_values": cache})
+                cache.deactivate_past_recording()
                 # The last token is left to `generate`.
-                for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, _last_logits_only(model)):
+                for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, last_logits_only(model)):
                     pass
                 stack.enter_context(_only_last_token(model, cache))
             if cache.num_rows == len(input_ids) and repeats > 1:  # `generate` repeats the rows of the prompt alone
@@ -134,7 +136,7 @@ def sink_prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
     past_key_values: SinkCache,
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    chunk_size: int | None = None,
     **model_kwargs: Any,
 ) -> Iterator[CausalLMOutputWithPast]:
     """Read a text of any length through a cache, in chunks: the outputs are those of feeding it token by token.
@@ -146,7 +148,8 @@ def sink_prefill(
         model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
         input_ids: the new tokens, `[batch_size, length]`; the pads of a padded batch are known to the cache.
         past_key_values: a cache, new or with earlier text.
-        chunk_size: how many tokens the model reads at once.
+        chunk_size: how many tokens the model reads at once; by default 64, or 1 for a model whose masks cannot be
+            replaced.
         model_kwargs: more arguments of the model, `logits_to_keep=1` for instance.
 
     Yields:
@@ -166,6 +169,8 @@ def sink_prefill(
         raise TypeError(
             f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
         )
+    if chunk_size is None:
+        chunk_size = _default_chunk_size(model, past_key_values)
     yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
 
 
@@ -240,7 +245,12 @@ def _can_window(model: PreTrainedModel, cache: SinkCache) -> bool:
     return cache.can_window and _attention(model) in ("eager", "sdpa", "flex_attention")
 
 
-def _last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+def _default_chunk_size(model: PreTrainedModel, cache: SinkCache) -> int:
+    return DEFAULT_CHUNK_SIZE if _can_window(model, cache) else 1
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    """What lets a model compute no more logits than those of the last token."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
@@ -306,6 +316,21 @@ def _only_last_token(model: Any, cache: SinkCache) -> Iterator[None]:
         yield
 
 
+class _PreparedError(Exception):
+    """Raised where `generate` would begin to compute."""
+
+
+def check_arguments(model: Any, input_ids: Tensor, generate_kwargs: dict[str, Any]) -> None:
+    """Let `generate` refuse what it does not take before anything is read: it checks all that before its first step."""
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        raise _PreparedError
+
+    unread = {name: value for name, value in generate_kwargs.items() if name != "streamer"}
+    with contextlib.suppress(_PreparedError), _prepared_by(model, prepared):
+        model.generate(input_ids, **unread)
+
+
 @contextlib.contextmanager
 def _prepared_by(model: Any, function: Any) -> Iterator[None]:
     """Put a function in the place of the model's `prepare_inputs_for_generation`."""
@@ -321,7 +346,7 @@ def _prepared_by(model: Any, function: Any) -> Iterator[None]:
             setattr(model, name, before)
 
 
-class _Settings:
+class Settings:
     """What `generate` will be told: by an argument, by the given generation config, or by that of the model."""
 
     def __init__(self, model: GenerationMixin, generate_kwargs: dict[str, Any]) -> None:
@@ -334,7 +359,7 @@ class _Settings:
 
 
 def _prompt_of(
-    inputs: Tensor | None, generate_kwargs: dict[str, Any], settings: _Settings | None
+    inputs: Tensor | None, generate_kwargs: dict[str, Any], settings: Settings | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The prompt and its mask; that of a first prompt is read from the pads if none is given, as `generate` does it."""
     input_ids = generate_kwargs.pop("input_ids", None)

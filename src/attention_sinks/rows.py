@@ -40,10 +40,7 @@ class Rows:
 
     def restart(self, pads: Tensor | None) -> None:
         """Begin a new stream; `pads` is how many columns of padding each row begins with, None if there are none."""
-        self.pads = pads
-        self.most_pads = self.least_pads = 0
-        if pads is not None:
-            self.most_pads, self.least_pads = int(pads.max()), int(pads.min())
+        self._set_pads(pads)
         # Positions are counted from where they were when so many tokens had been evicted.
         self.base = 0
         # Whether the model is being given positions that are lower by as much.
@@ -65,6 +62,12 @@ class Rows:
         self.announced = 0
         self._groups: dict[Any, Group] = {}
         self.last_ring: Any = None
+
+    def _set_pads(self, pads: Tensor | None) -> None:
+        self.pads = pads
+        self.most_pads = self.least_pads = 0
+        if pads is not None:
+            self.most_pads, self.least_pads = int(pads.max()), int(pads.min())
 
     def group_of(self, ring: Any) -> "Group":
         """The group of a ring that has just got its buffers."""
@@ -96,6 +99,13 @@ class Rows:
             for ring in group.rings:
                 ring.seen += behind
             group.forget_sinks()
+
+    def forget(self, shift: int) -> None:
+        """Count no more the first `shift` columns, of which nothing but sinks is left; positions begin anew."""
+        self.base = 0
+        self._computed.clear()
+        if self.pads is not None:
+            self._set_pads((self.pads - shift).clamp(min=0))
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.pads is not None:
