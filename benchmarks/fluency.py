@@ -47,7 +47,7 @@ def written(model: Any, prompt: Tensor, cache: Any, length: int) -> tuple[Tensor
     """The prompt and `length` tokens after it, `[n]`, and when each of these came, in seconds."""
     clock = Clock()
     set_seed(0)
-    options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "top_p": 0.9}
+    options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "top_p": 0.95}
     options |= {"past_key_values": cache, "streamer": clock, "temperature": 1.0, "top_k": 0}
     generate = sink_generate if isinstance(cache, SinkCache) else type(model).generate
     output: Any = generate(model, prompt, **options)

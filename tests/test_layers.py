@@ -112,6 +112,19 @@ def test_positions_are_wound_back_in_every_ring(model: Any) -> None:
         assert relative_error(logits, expected) < 1e-4
 
 
+def test_a_stream_that_is_counted_anew_goes_on_as_before(model: Any) -> None:
+    cache, other = new_cache(model), new_cache(model)
+    ids, start = random_ids(120), 0
+    for length in [7, 1, 1, 9, 1, 1, 1, 20, 3, *[1] * 40]:
+        chunk, start = ids[:, start : start + length], start + length
+        logits, expected = (model(chunk, past_key_values=each).logits for each in (cache, other))
+        assert relative_error(logits, expected) < 1e-4
+        if start % 3 == 0:
+            cache.compact()
+            assert cache.get_seq_length() == cache.kept_length == min(start, cache.window_length)
+    assert other.get_seq_length() == start
+
+
 def test_autograd_changes_nothing(model: Any) -> None:
     ids = random_ids(30)
     expected = feed(model, new_cache(model), ids)

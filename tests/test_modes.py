@@ -591,6 +591,32 @@ def test_padding_past_the_window_is_exact_after_any_choice_of_rows() -> None:
         assert relative_error(torch.stack([step[i] for step in more.logits])[None], expected) < 1e-4
 
 
+@pytest.mark.parametrize("steps", [3, 20, 40])
+def test_padded_rows_that_are_counted_anew_go_on_as_before(steps: int) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    _, ids, mask = padded([4, 9, 30])
+    output: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=steps, **PLAIN)
+    cache, other = output.past_key_values, copy.deepcopy(output.past_key_values)
+    cache.compact()
+    assert cache.get_seq_length() == cache.kept_length == W
+    last = output.sequences[:, -1:]
+    expected: Any = sink_generate(model, last, past_key_values=other, max_new_tokens=20, **CONTINUED)
+    actual: Any = sink_generate(model, last, past_key_values=cache, max_new_tokens=20, **CONTINUED)
+    assert relative_error(torch.cat(actual.logits), torch.cat(expected.logits)) < 1e-4
+
+
+def test_a_crop_that_left_a_gap_is_forgotten_with_the_rest() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    cache, other = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
+    for each in (cache, other):
+        by_token(model, random_ids(30), each)
+        each.crop(-3)
+    cache.compact()
+    assert cache.get_seq_length() == cache.kept_length == W - 3
+    more = random_ids(30, seed=1)
+    assert relative_error(by_token(model, more, cache), by_token(model, more, other)) < 1e-4
+
+
 def test_a_dynamic_cache_is_equalled_below_the_window_with_padding() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded([4, 9])

@@ -1,6 +1,7 @@
 """The command line `attention-sinks`: chat, generate, perplexity, info."""
 
 import contextlib
+import io
 import sys
 import time
 from collections import Counter
@@ -272,7 +273,7 @@ def info(
     others = Counter(_kind(layer) for layer in cache.layers if not isinstance(layer, SinkLayer))
     for kind, count in others.items():
         table.add_row(f"{count} other layers", kind)
-    ends = f"at position {cache.position_limit:,}"
+    ends = f"at {cache.position_limit:,}"
     if cache.can_rebase:
         ends += "; sink_generate and SinkSession wind them back before"
     table.add_row("positions end", ends)
@@ -335,7 +336,8 @@ def _bytes_of(config: Any, cache: SinkCache, dtype: torch.dtype) -> tuple[int, i
 
 
 def _load(model: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    with err.status("Loading the model"):
+    # Some libraries draw progress bars that cannot be switched off.
+    with out.status("Loading the model"), contextlib.redirect_stderr(io.StringIO()):
         return load_model(model, getattr(torch, dtype), device)
 
 

@@ -74,16 +74,18 @@ def _through_sinks(
 
 
 def _through_all(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
-    """Score a text `[1, length]` through a cache that keeps everything; it ends where the model's positions end."""
+    """Score a text `[1, length]` through a cache that keeps everything, as far as the model has positions."""
 
     @torch.no_grad()
     def logits() -> Iterator[Tensor]:
-        cache = DynamicCache(config=model.config)
+        cache, limit = DynamicCache(config=model.config), SinkCache(model.config).position_limit
         for chunk in input_ids.split(DENSE_CHUNK_SIZE, dim=1):
             try:
                 yield model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
-            except IndexError:  # a table of positions
-                return
+            except (IndexError, RuntimeError):
+                if cache.get_seq_length() + chunk.shape[1] <= limit:
+                    raise
+                return  # past the end of a table
 
     return _scored(input_ids, logits())
 

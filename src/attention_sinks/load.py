@@ -41,6 +41,9 @@ def load_model(
         OSError, ValueError: if there is no such model, or none that `transformers` can load.
     """
     name, options = source_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except OSError as error:
+        raise OSError(f"The model {name!r} could not be loaded: {error}") from error
     return loaded.to(device), tokenizer
