@@ -1,14 +1,21 @@
-# `make demo` and `make test` set up all they need in .venv; both may be run again at any time.
+# Every target sets up all it needs in .venv, and may be run again at any time.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types architectures bench clean
+.PHONY: demo chat docs test lint types architectures bench clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
+
+chat: $(VENV)/.ready
+	$(BIN)/attention-sinks chat --window-length 256
+
+# The documentation, in site/; a broken link or a missing name is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
@@ -36,4 +43,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

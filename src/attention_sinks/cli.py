@@ -230,7 +230,7 @@ def perplexity(
         raise ValueError(
             f"The text must be longer than the window, got {length} tokens and --window-length {window_length}."
         )
-    bin_length = max(length // 80, 1)
+    bin_length = max(length // 40, 1)
     found, rows = curves(loaded, input_ids, window_length, numbers, chosen, recompute_every), {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err) as progress:
@@ -244,7 +244,9 @@ def perplexity(
             rows[name] = binned(seen, bin_length)
     csv, png = (output.with_name(output.name + ending) for ending in (".csv", ".png"))
     write_csv(rows, csv)
-    plot(rows, png, f"{loaded.config.name_or_path.rsplit('/', 1)[-1]}, window of {window_length:,} tokens")
+    trained = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
+    plot(rows, png, f"{name}, window of {window_length:,} tokens", trained)
     table = Table("cache", "perplexity past the window", "in the last quarter")
     for name, bins in rows.items():
         late = (f"{perplexity_from(bins, first):,.2f}" for first in (window_length, length * 3 // 4))

@@ -56,7 +56,8 @@ def curves(
         found["dense"] = _through_all(model, input_ids)
     sinks = {*num_sink_tokens} | ({0} if "window" in baselines else set())
     for num in sorted(sinks):
-        found["window" if num == 0 else f"{num} sinks"] = _through_sinks(model, input_ids, window_length, num)
+        name = "window" if num == 0 else f"{num} sink{'s' * (num > 1)}"
+        found[name] = _through_sinks(model, input_ids, window_length, num)
     if "recompute" in baselines:
         found["recompute"] = _recomputed(model, input_ids, window_length, recompute_every)
     return found
@@ -154,15 +155,20 @@ def write_csv(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             writer.writerows([name, *row.values()] for row in bins)
 
 
-def plot(rows: dict[str, list[dict[str, Any]]], path: Path, title: str) -> None:
-    """Draw perplexity over position, a line for each curve, as a PNG."""
+def plot(rows: dict[str, list[dict[str, Any]]], path: Path, title: str, context: int | None = None) -> None:
+    """Draw perplexity over position, a line for each curve, as a PNG; `context` is the length the model can read."""
     from matplotlib.figure import Figure  # of the command line's extra
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
+    last = max(bins[-1]["position"] for bins in rows.values())
+    if context is not None and context < last:
+        axes.axvline(context, color="grey", linestyle="--", linewidth=1, label=f"context of the model, {context:,}")
     for name, bins in rows.items():
-        axes.plot([row["position"] for row in bins], [row["perplexity"] for row in bins], label=name, linewidth=1.5)
+        # What scores only some tokens is a cloud of points.
+        style = {"marker": ".", "linestyle": "none", "color": "black"} if name == "recompute" else {"linewidth": 1.5}
+        axes.plot([row["position"] for row in bins], [row["perplexity"] for row in bins], label=name, **style)
     axes.set(xlabel="position in the text (tokens)", ylabel="perplexity", yscale="log", title=title)
     axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, ncols=2, loc="upper left")
     figure.savefig(path, dpi=120)
