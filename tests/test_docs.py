@@ -50,9 +50,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: tokenizer)
     inputs = tokenizer("The meaning of life is", return_tensors="pt")
     names = {"model": model, "tokenizer": tokenizer, "inputs": inputs, "input_ids": inputs["input_ids"]}
-    return names | {"mask": inputs["attention_mask"], "torch": torch}
+    return names | {"mask": inputs["attention_mask"], "name": "any/model", "torch": torch}
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_the_python_of_a_page_runs(page: Path, small: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(ROOT / "hub", tmp_path / "hub")
