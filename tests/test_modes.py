@@ -2,6 +2,7 @@
 
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -589,6 +590,25 @@ def test_padding_past_the_window_is_exact_after_any_choice_of_rows() -> None:
         text = more.sequences[i : i + 1, 30 - rows[row].shape[1] :]
         expected = scored(model, text, rows[row].shape[1])[:, 10:]
         assert relative_error(torch.stack([step[i] for step in more.logits])[None], expected) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_streams_through_one_model_from_several_threads_do_not_meet(architecture: str) -> None:
+    config = build_config(architecture, num_hidden_layers=2, max_position_embeddings=40)
+    model = build_model(config)
+    prompts = [random_ids(length, seed=length) for length in (5, 30, 50)]
+
+    def written(prompt: Tensor) -> Tensor:
+        with torch.no_grad():
+            output: Any = sink_generate(model, prompt, max_new_tokens=100, **PLAIN)
+        return output.sequences  # type: ignore[no-any-return]
+
+    expected = [written(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            for output, alone in zip(pool.map(written, prompts), expected, strict=True):
+                assert torch.equal(output, alone)
+    assert "prepare_inputs_for_generation" not in vars(model)
 
 
 @pytest.mark.parametrize("steps", [3, 20, 40])

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -274,9 +275,8 @@ def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
 
     Where `generate` prepares a forward pass: a hook on the model would be compiled with it.
     """
-    prepare = model.prepare_inputs_for_generation
 
-    def prepared(*args: Any, **kwargs: Any) -> Any:
+    def prepared(prepare: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not cache:
             return prepare(*args, **kwargs)
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -303,9 +303,9 @@ def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
 @contextlib.contextmanager
 def _only_last_token(model: Any, cache: SinkCache) -> Iterator[None]:
     """Let `generate` begin with the last token: it would read all of a prompt that is shorter than its mask."""
-    begun, prepare = False, model.prepare_inputs_for_generation
+    begun = False
 
-    def last(*args: Any, **kwargs: Any) -> Any:
+    def last(prepare: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal begun
         if not begun and kwargs.get("past_key_values") is cache and kwargs.get("next_sequence_length") is None:
             kwargs["next_sequence_length"] = 1
@@ -323,7 +323,7 @@ class _PreparedError(Exception):
 def check_arguments(model: Any, input_ids: Tensor, generate_kwargs: dict[str, Any]) -> None:
     """Let `generate` refuse what it does not take before anything is read: it checks all that before its first step."""
 
-    def prepared(*args: Any, **kwargs: Any) -> Any:
+    def prepared(prepare: Any, *args: Any, **kwargs: Any) -> Any:
         raise _PreparedError
 
     unread = {name: value for name, value in generate_kwargs.items() if name != "streamer"}
@@ -331,19 +331,48 @@ def check_arguments(model: Any, input_ids: Tensor, generate_kwargs: dict[str, An
         model.generate(input_ids, **unread)
 
 
+class _Patch:
+    """What stands in the place of a model's `prepare_inputs_for_generation` while some thread needs it."""
+
+    name = "prepare_inputs_for_generation"
+    lock = threading.Lock()
+
+    def __init__(self, model: Any) -> None:
+        self.own = vars(model).get(self.name)
+        self.prepare = getattr(model, self.name)
+        # By thread, so that streams through one model do not meet.
+        self.functions: dict[int, list[Any]] = {}
+
+        @functools.wraps(self.prepare)  # `generate` reads the signature
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            prepare = self.prepare
+            for function in self.functions.get(threading.get_ident(), ()):
+                prepare = functools.partial(function, prepare)
+            return prepare(*args, **kwargs)
+
+        self.prepared = prepared
+        vars(prepared)["patch"] = self
+
+
 @contextlib.contextmanager
 def _prepared_by(model: Any, function: Any) -> Iterator[None]:
-    """Put a function in the place of the model's `prepare_inputs_for_generation`."""
-    name = "prepare_inputs_for_generation"
-    before = vars(model).get(name)
-    setattr(model, name, functools.wraps(getattr(model, name))(function))
+    """Let calls of this thread to the model's `prepare_inputs_for_generation` go to `function(prepare, ...)`."""
+    thread = threading.get_ident()
+    with _Patch.lock:
+        patch = getattr(vars(model).get(_Patch.name), "patch", None) or _Patch(model)
+        setattr(model, _Patch.name, patch.prepared)
+        patch.functions.setdefault(thread, []).append(function)
     try:
         yield
     finally:
-        if before is None:
-            vars(model).pop(name, None)
-        else:
-            setattr(model, name, before)
+        with _Patch.lock:
+            patch.functions[thread].pop()
+            if not patch.functions[thread]:
+                del patch.functions[thread]
+            if not patch.functions:
+                vars(model).pop(_Patch.name)
+                if patch.own is not None:
+                    setattr(model, _Patch.name, patch.own)
 
 
 class Settings:
