@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
-from attention_sinks import SinkCache, sink_generate, sink_prefill
+from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
 from attention_sinks.__main__ import main
 
 from .reference import StreamingLlama
@@ -104,3 +104,25 @@ def test_text_read_in_chunks_is_scored_as_text_fed_by_tokens(model: PreTrainedMo
     outputs: list[Any] = list(sink_prefill(model, tokens, SinkCache(model.config, window_length=64), chunk_size=50))
     logits = torch.cat([output.logits for output in outputs], dim=1)
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_a_conversation_has_the_tokens_of_its_template_and_goes_on_past_the_window(
+    model: PreTrainedModel, folder: Path
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **GGUF)
+    session = SinkSession(model, tokenizer, 1000)
+    conversation: list[dict[str, str]] = []
+    for message in ("Hello, who are you?", "Name three colours.", "Which of them is the sky?"):
+        answer = "".join(session.chat(message, max_new_tokens=24, do_sample=False))
+        conversation += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+        written = tokenizer.apply_chat_template(conversation, tokenize=False)
+        assert written.startswith(tokenizer.decode(session._ids))
+        assert tokenizer(written)["input_ids"][: len(session._ids)] == session._ids
+    small = SinkSession(model, tokenizer, 48, system="You are a sailor.")
+    for message in ("Who are you?", "And where?", "And why?", "And when?"):
+        assert "".join(small.chat(message, max_new_tokens=40))
+    assert small.tokens_seen > 3 * 48
+    assert small.kept_length == 48
+    assert tokenizer.decode(small._ids[: small.cache.num_sink_tokens]).startswith(
+        "<|im_start|>system\nYou are a sailor."
+    )
