@@ -4,7 +4,7 @@ from attention_sinks import SinkSession
 from attention_sinks.load import load_model
 
 model, tokenizer = load_model()  # SmolLM2-135M; for another: AutoModelForCausalLM and AutoTokenizer
-session = SinkSession(model, tokenizer, window_length=96, system="You are a cheerful sailor. Answer in one sentence.")
+session = SinkSession(model, tokenizer, window_length=72, system="You are a cheerful sailor. Answer in one sentence.")
 
 for message in (
     "Hello! Who are you?",
@@ -15,6 +15,6 @@ for message in (
     "Will you come back home?",
 ):
     print(f"\n> {message}")
-    for piece in session.chat(message, max_new_tokens=40):
+    for piece in session.chat(message, max_new_tokens=24):
         print(piece, end="", flush=True)
     print(f"\n  [{session.tokens_seen} tokens seen, {session.kept_length} kept]")

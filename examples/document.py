@@ -8,10 +8,10 @@ from attention_sinks.load import load_model
 model, tokenizer = load_model()
 session = SinkSession(model, tokenizer, window_length=256)
 
-document = "\n".join(pydoc_data.topics.topics.values())[:12_000]
+document = "\n".join(pydoc_data.topics.topics.values())[:8_000]
 tokens = session.feed(document)  # a progress bar; memory stays that of the window
 print(f"{tokens} tokens read, {session.kept_length} kept")
 
-for piece in session.chat("In one sentence: what is the last part about?", max_new_tokens=60):
+for piece in session.chat("In one sentence: what is the last part about?", max_new_tokens=40):
     print(piece, end="", flush=True)
 print()

@@ -206,7 +206,7 @@ def test_a_prompt_beyond_the_positions_of_the_model_is_read_in_chunks_by_default
 def test_a_model_whose_masks_cannot_be_replaced_reads_single_tokens() -> None:
     model = build_model(build_config("mpt", num_hidden_layers=2, max_seq_len=512))
     with pytest.raises(NotImplementedError, match=r"`prefill_chunk_size` must be 1 for this 'mpt' model .* got 5"):
-        sink_generate(model, random_ids(30).clamp(min=1), prefill_chunk_size=5, **PLAIN)
+        sink_generate(model, random_ids(30).clamp(min=1), prefill_chunk_size=5, max_new_tokens=5, **PLAIN)
     output: Any = sink_generate(model, random_ids(30).clamp(min=1), prefill_chunk_size=1, max_new_tokens=5, **PLAIN)
     expected = by_token(model, output.sequences)[:, 29:-1]
     assert relative_error(torch.stack(output.logits, dim=1), expected) < 1e-4
@@ -237,6 +237,25 @@ def test_rejected_candidates_leave_no_trace(helper: str, layers: int) -> None:
         positions = torch.tensor([[65]])
         logits = model(output.sequences[:, -1:], position_ids=positions, past_key_values=cache).logits[:, -1]
         assert relative_error(logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_candidates_in_a_second_turn_are_those_of_greedy_decoding(chunk_size: int | None) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    options: dict[str, Any] = {**CONTINUED, "eos_token_id": VOCAB_SIZE - 1, "max_new_tokens": 12}
+    for seed in range(4):
+        pattern = random_ids(5, seed=seed).repeat(1, 4)
+        for helper in ({}, {"prompt_lookup_num_tokens": 3}):
+            cache = SinkCache(model.config, 200)
+            first: Any = sink_generate(model, pattern, past_key_values=cache, **options)
+            text = torch.cat([first.sequences, pattern], dim=1)
+            more: Any = sink_generate(
+                model, text, past_key_values=cache, prefill_chunk_size=chunk_size, **options, **helper
+            )
+            if not helper:
+                expected = more.sequences
+        assert torch.equal(more.sequences, expected)
+        assert cache.get_seq_length() == expected.shape[1] - 1
 
 
 def test_embeddings_instead_of_tokens() -> None:

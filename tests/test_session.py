@@ -1,9 +1,15 @@
 """A session gives the tokens of its chat template and the logits of one stream, and nothing of it grows."""
 
+import gc
+import subprocess
+import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,7 +259,10 @@ def test_a_system_prompt_is_never_forgotten(model: Any) -> None:
         (lambda s: s.chat("Hi", streamer=print), TypeError, "`streamer` must be left out"),
         (lambda s: s.chat("Hi", num_beams=3), ValueError, "`num_beams` must be 1, got 3"),
         (lambda s: s.generate(num_return_sequences=2, do_sample=True), ValueError, "`num_return_sequences` must be 1"),
+        (lambda s: s.chat("Hi", prompt_lookup_num_tokens=3), ValueError, "`prompt_lookup_num_tokens` must be left out"),
+        (lambda s: s.chat("Hi", cache_implementation="static"), TypeError, "`cache_implementation` must be left out"),
         (lambda s: s.generate(max_new_tokens=0), ValueError, "max_new_tokens"),
+        (lambda s: s.generate(max_new_tokens=2.5), TypeError, "`max_new_tokens` must be an int, got 2.5"),
         (lambda s: s.generate(temperature=-1.0, do_sample=True), ValueError, "temperature"),
     ],
 )
@@ -268,17 +277,17 @@ def test_bad_arguments_are_refused_at_once_and_change_nothing(
     assert (list(session._ids), session.tokens_seen, session.cache.get_seq_length()) == before
 
 
-@pytest.mark.parametrize("roles", ["system", "twice"])
-def test_a_template_that_refuses_or_rewrites_is_named(model: Any, roles: str) -> None:
-    if roles == "system":
-        template = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
-        with pytest.raises(ValueError, match="refuses the conversation: System role not supported"):
-            SinkSession(model, byte_tokenizer(template), system="Be brief.")
-    else:
-        session = SinkSession(model, byte_tokenizer("{{ messages[-1].content }}:"), 64)
-        "".join(session.chat("Hello", max_new_tokens=2))
-        with pytest.raises(ValueError, match="does not show earlier answers"):
-            session.chat("And now?")
+def test_a_template_that_refuses_or_rewrites_is_named(model: Any) -> None:
+    template = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
+    with pytest.raises(ValueError, match="refuses the conversation: System role not supported"):
+        SinkSession(model, byte_tokenizer(template), system="Be brief.")
+    last_only = byte_tokenizer("{{ messages[-1].content }}:")
+    with pytest.raises(ValueError, match="`system` is left out by the chat template"):
+        SinkSession(model, last_only, system="Be brief.")
+    session = SinkSession(model, last_only, 64)
+    "".join(session.chat("Hello", max_new_tokens=2))
+    with pytest.raises(ValueError, match="does not show earlier answers"):
+        session.chat("And now?")
 
 
 def test_who_stops_reading_stops_the_model_and_the_stream_goes_on(model: Any) -> None:
@@ -304,17 +313,80 @@ def test_who_stops_reading_stops_the_model_and_the_stream_goes_on(model: Any) ->
     assert error_of(session, read) < 1e-4
 
 
-def test_what_goes_wrong_while_generating_reaches_the_reader(model: Any) -> None:
+def test_what_goes_wrong_while_generating_reaches_the_reader_and_the_stream_goes_on(model: Any) -> None:
     def fail(input_ids: Any, scores: Any) -> Any:
         raise ArithmeticError("no number")
 
     session = SinkSession(model, byte_tokenizer(), 32)
     with tokens_read(model) as read:
-        with pytest.raises(ArithmeticError, match="no number"):
-            list(session.chat("Hello", logits_processor=LogitsProcessorList([fail])))
-        # The last token of the message was read, and nothing came of it: the next call says so, or goes on.
+        for _ in range(2):
+            with pytest.raises(ArithmeticError, match="no number"):
+                list(session.chat("Hello", logits_processor=LogitsProcessorList([fail])))
+        assert session.tokens_seen == len(read)
+        with pytest.raises(ValueError, match="nothing to continue"):
+            session.generate()
         assert "".join(session.chat("Hello?", **say(session, "Hm."))) == "Hm."
-    assert read.count(1) > 3
+    assert session.tokens_seen == len(read) + 1
+    assert error_of(session, read) < 1e-4
+
+
+def test_an_end_that_the_caller_names_is_ended_as_the_template_ends_it() -> None:
+    model = build_model(build_config("llama", **{**SIZES, "eos_token_id": None}))
+    session = SinkSession(model, byte_tokenizer(), 1000)
+    "".join(session.chat("Hi", eos_token_id=END, **say(session, "Yo")))
+    "".join(session.chat("So?", eos_token_id=[END], **say(session, "Well")))
+    assert session.tokenizer.decode(session._ids).count("Yo<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n") == 1
+
+
+def test_tokens_without_a_text_do_not_hide_that_the_reader_left(model: Any) -> None:
+    session = SinkSession(model, byte_tokenizer(), 32)
+    session.feed("Hello")
+    answer = session.generate(**say(session, "a" + "<|im_start|>" * 2000))
+    assert next(answer) == "a"
+    answer.close()
+    assert session.tokens_seen < 1000
+
+
+def test_an_answer_that_is_dropped_ends(model: Any) -> None:
+    session = SinkSession(model, byte_tokenizer(), 32)
+    threads = threading.active_count()
+    for _ in session.chat("Hello", suppress_tokens=[END]):
+        break
+    assert threading.active_count() == threads
+    kept = session.chat("Hello", suppress_tokens=[END])
+    next(kept)
+    dropped = weakref.ref(session.cache)
+    del session, kept
+    gc.collect()
+    assert threading.active_count() == threads
+    assert dropped() is None
+
+
+def test_however_often_ctrl_c_is_pressed_the_forward_pass_is_waited_for(tmp_path: Path) -> None:
+    """In a process of its own, for signals go to the main thread."""
+    script = """
+import os, signal, threading, time
+from tests.test_session import *
+model = build_model(build_config("llama", **SIZES))
+session = SinkSession(model, byte_tokenizer(), 32)
+model.register_forward_pre_hook(lambda *_: time.sleep(1.0))
+for call in (lambda: session.feed("a" * 200), lambda: list(session.chat("b" * 200))):
+    for delay in (0.5, 0.7, 0.9):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        call()
+    except KeyboardInterrupt:
+        print("interrupted")
+    seen = session.cache.get_seq_length()
+    time.sleep(1.5)
+    assert session.cache.get_seq_length() == seen < 150
+    assert len(session._ids) > seen
+"""
+    root = Path(__file__).parent.parent
+    launched = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + script
+    result = subprocess.run([sys.executable, "-c", launched], capture_output=True, text=True, cwd=root, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["interrupted"] * 2
 
 
 def test_limits_hold_over_all_parts_of_an_answer(model: Any) -> None:
@@ -339,6 +411,17 @@ def test_limits_hold_over_all_parts_of_an_answer(model: Any) -> None:
 
 
 TOKENIZER = byte_tokenizer()
+
+
+def test_spaces_between_words_stay_where_a_tokenizer_hides_them() -> None:
+    words = ["<s>", "\u2581Hello", "\u2581world", "\u2581time"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    inner.decoder = decoders.Metaspace()
+    inner.add_special_tokens(["<s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join(map(detokenizer.push, ([1], [2], [0], [3]))) == "Hello world time"
+    assert Detokenizer(tokenizer, [1]).push([2]) == " world"
 
 
 @given(st.text(), st.lists(st.integers(1, 4), min_size=1))

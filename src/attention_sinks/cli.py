@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 try:
     import typer
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache, SinkLayer
 from .evaluate import binned, curves, perplexity_from, plot, write_csv
-from .generate import sink_generate
+from .generate import default_chunk_size, sink_generate
 from .load import load_model, source_of
 from .session import SinkSession
 
@@ -117,7 +117,10 @@ def chat(
         elif command.startswith("/"):
             out.print(f"[dim]{_HELP}[/dim]")
         elif message:
-            _answer(session, message, options, spoken)
+            try:
+                _answer(session, message, options, spoken)
+            except (TypeError, ValueError) as error:  # a message that cannot be encoded, for instance
+                _complain(error)
 
 
 def _answer(session: SinkSession, message: str, options: dict[str, Any], spoken: list[tuple[str, str]]) -> None:
@@ -130,11 +133,12 @@ def _answer(session: SinkSession, message: str, options: dict[str, Any], spoken:
             if not pieces:
                 began, before = time.perf_counter(), session.tokens_seen
             pieces.append(piece)
-            out.print(piece, end="", markup=False, soft_wrap=True)
+            print(piece, end="", flush=True)
     except KeyboardInterrupt:
         out.print(" [dim](stopped)[/dim]", end="")
     finally:
-        answer.close()
+        with contextlib.suppress(KeyboardInterrupt):
+            answer.close()
     seconds = max(time.perf_counter() - began, 1e-9)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in session.cache.layers if layer.is_initialized)
     out.print(
@@ -181,17 +185,17 @@ def generate(
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": 0.9}
     set_seed(seed)
-    print(text, end="")
+    cache = SinkCache(loaded.config, window_length, num_sink_tokens)
     # A text longer than the window is read as `SinkSession.feed` reads one.
-    chunks = {"prefill_chunk_size": 64} if inputs["input_ids"].shape[1] > window_length else {}
+    is_long = inputs["input_ids"].shape[1] > window_length
+    print(text, end="")
     with contextlib.suppress(KeyboardInterrupt):
         sink_generate(
             loaded,
             **inputs,
-            **chunks,  # type: ignore[arg-type]
             **sampling,
-            window_length=window_length,
-            num_sink_tokens=num_sink_tokens,
+            past_key_values=cache,
+            prefill_chunk_size=default_chunk_size(loaded, cache) if is_long else None,
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
@@ -331,9 +335,10 @@ def _bytes_of(config: Any, cache: SinkCache, dtype: torch.dtype) -> tuple[int, i
         skeleton(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     sizes = [0, 0]
     for layer in cache.layers:
-        if getattr(layer, "keys", None) is not None:
-            elements = layer.keys.numel() + layer.values.numel()
-            sizes[0 if isinstance(layer, SinkLayer) else 1] += elements * dtype.itemsize
+        for each in (layer, getattr(layer, "indexer", None)):
+            if each is not None and getattr(each, "keys", None) is not None:
+                elements = each.keys.numel() + each.values.numel()
+                sizes[0 if isinstance(layer, SinkLayer) else 1] += elements * dtype.itemsize
     return sizes[0], sizes[1]
 
 
@@ -367,13 +372,13 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, TypeError, ValueError, NotImplementedError, ImportError, RuntimeError) as error:
-        _fail(error)
+        _complain(error)
+        raise SystemExit(2) from None
 
 
-def _fail(error: Exception) -> NoReturn:
+def _complain(error: Exception) -> None:
     message = " ".join(str(error).split())
-    err.print(f"attention-sinks: {message}", markup=False, soft_wrap=True)
-    raise SystemExit(2)
+    err.print(f"attention-sinks: {message}", markup=False, emoji=False, soft_wrap=True)
 
 
 def main() -> None:

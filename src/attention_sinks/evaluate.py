@@ -75,18 +75,18 @@ def _through_sinks(
 
 
 def _through_all(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
-    """Score a text `[1, length]` through a cache that keeps everything, as far as the model has positions."""
+    """Score a text `[1, length]` through a cache that keeps everything.
+
+    It ends where the positions of the model end, or change their meaning.
+    """
+
+    limit = SinkCache(model.config).position_limit
 
     @torch.no_grad()
     def logits() -> Iterator[Tensor]:
-        cache, limit = DynamicCache(config=model.config), SinkCache(model.config).position_limit
-        for chunk in input_ids.split(DENSE_CHUNK_SIZE, dim=1):
-            try:
-                yield model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
-            except (IndexError, RuntimeError):
-                if cache.get_seq_length() + chunk.shape[1] <= limit:
-                    raise
-                return  # past the end of a table
+        cache = DynamicCache(config=model.config)
+        for chunk in input_ids[:, :limit].split(DENSE_CHUNK_SIZE, dim=1):
+            yield _logits(model(input_ids=chunk, past_key_values=cache, use_cache=True))
 
     return _scored(input_ids, logits())
 

@@ -100,36 +100,36 @@ def sink_generate(
     if attention_mask is not None:
         generate_kwargs["attention_mask"] = attention_mask
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_prepared_for(model, cache))
-        if input_ids is not None and not embedded:
-            attention_mask = _whole_mask(cache, input_ids, attention_mask)
-            generate_kwargs["attention_mask"] = attention_mask
-            fresh = attention_mask.shape[1] - cache.get_seq_length()
-            longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
-            chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
-            if chunk_size is None and fresh > min(longest, cache.positions_left()):
-                chunk_size = _default_chunk_size(model, cache)
-            repeats = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
-            if cache.num_rows not in (0, len(input_ids), len(input_ids) * repeats):
-                raise ValueError(
-                    f"`input_ids` must have the {cache.num_rows} rows that the cache holds, got {len(input_ids)}. "
-                    "After a beam search these are all its beams: select one with `batch_select_indices`."
+    absent = None
+    if input_ids is not None and not embedded:
+        attention_mask = _whole_mask(cache, input_ids, attention_mask)
+        generate_kwargs["attention_mask"] = attention_mask
+        absent = attention_mask.shape[1] - input_ids.shape[1]
+        fresh = attention_mask.shape[1] - cache.get_seq_length()
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
+        chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
+        if chunk_size is None and fresh > min(longest, cache.positions_left()):
+            chunk_size = default_chunk_size(model, cache)
+        repeats = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+        if cache.num_rows not in (0, len(input_ids), len(input_ids) * repeats):
+            raise ValueError(
+                f"`input_ids` must have the {cache.num_rows} rows that the cache holds, got {len(input_ids)}. "
+                "After a beam search these are all its beams: select one with `batch_select_indices`."
+            )
+        if chunk_size is not None and fresh > 1:
+            if seen:
+                raise NotImplementedError(
+                    f"`{seen[0]}` is not supported with a prompt that is read in chunks of {chunk_size} tokens."
                 )
-            if chunk_size is not None and fresh > 1:
-                if seen:
-                    raise NotImplementedError(
-                        f"`{seen[0]}` is not supported with a prompt that is read in chunks of {chunk_size} tokens."
-                    )
-                check_arguments(model, input_ids, {**generate_kwargs, "past_key_values": cache})
-                cache.deactivate_past_recording()
-                # The last token is left to `generate`.
-                for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, last_logits_only(model)):
-                    pass
-                stack.enter_context(_only_last_token(model, cache))
-            if cache.num_rows == len(input_ids) and repeats > 1:  # `generate` repeats the rows of the prompt alone
-                cache.batch_repeat_interleave(repeats)
-        cache.rows.eager_tokens = 0  # how the prompt was read says nothing about what follows
+            check_arguments(model, input_ids, {**generate_kwargs, "past_key_values": cache})
+            cache.deactivate_past_recording()
+            # The last token is left to `generate`.
+            for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, last_logits_only(model)):
+                pass
+        if cache.num_rows == len(input_ids) and repeats > 1:  # `generate` repeats the rows of the prompt alone
+            cache.batch_repeat_interleave(repeats)
+    cache.rows.eager_tokens = 0  # how the prompt was read says nothing about what follows
+    with _prepared_for(model, cache, absent):
         return model.generate(input_ids, past_key_values=cache, **generate_kwargs)  # type: ignore[misc]
 
 
@@ -171,7 +171,7 @@ def sink_prefill(
             f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
         )
     if chunk_size is None:
-        chunk_size = _default_chunk_size(model, past_key_values)
+        chunk_size = default_chunk_size(model, past_key_values)
     yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
 
 
@@ -246,7 +246,8 @@ def _can_window(model: PreTrainedModel, cache: SinkCache) -> bool:
     return cache.can_window and _attention(model) in ("eager", "sdpa", "flex_attention")
 
 
-def _default_chunk_size(model: PreTrainedModel, cache: SinkCache) -> int:
+def default_chunk_size(model: PreTrainedModel, cache: SinkCache) -> int:
+    """How many tokens at once a model can read with a window for each."""
     return DEFAULT_CHUNK_SIZE if _can_window(model, cache) else 1
 
 
@@ -270,16 +271,21 @@ def _lowered(cache: SinkCache, position_ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
+def _prepared_for(model: Any, cache: SinkCache, absent: int | None) -> Iterator[None]:
     """Wind positions back whenever `generate` would come to their end, and give the model lower ones from then on.
 
-    Where `generate` prepares a forward pass: a hook on the model would be compiled with it.
+    Where `generate` prepares a forward pass: a hook on the model would be compiled with it. `absent` is how many of the
+    tokens that the cache has seen are not in the prompt, if it has tokens.
     """
 
     def prepared(prepare: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not cache:
             return prepare(*args, **kwargs)
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if absent is not None and given[0] is not None and kwargs.get("next_sequence_length") is None:
+            # Where `generate` begins with all that it is given, some may have been read.
+            unread = given[0].shape[1] + absent - cache.get_seq_length()
+            kwargs["next_sequence_length"] = unread if 0 < unread < given[0].shape[1] else None
         longest = max(new.shape[1] for new in given if new is not None)
         _wind_back(cache, kwargs.get("next_sequence_length") or longest)
         model_inputs = prepare(*args, **kwargs)
@@ -300,22 +306,6 @@ def _prepared_for(model: Any, cache: SinkCache) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _only_last_token(model: Any, cache: SinkCache) -> Iterator[None]:
-    """Let `generate` begin with the last token: it would read all of a prompt that is shorter than its mask."""
-    begun = False
-
-    def last(prepare: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal begun
-        if not begun and kwargs.get("past_key_values") is cache and kwargs.get("next_sequence_length") is None:
-            kwargs["next_sequence_length"] = 1
-        begun = True
-        return prepare(*args, **kwargs)
-
-    with _prepared_by(model, last):
-        yield
-
-
 class _PreparedError(Exception):
     """Raised where `generate` would begin to compute."""
 
@@ -326,9 +316,10 @@ def check_arguments(model: Any, input_ids: Tensor, generate_kwargs: dict[str, An
     def prepared(prepare: Any, *args: Any, **kwargs: Any) -> Any:
         raise _PreparedError
 
-    unread = {name: value for name, value in generate_kwargs.items() if name != "streamer"}
+    # Nobody streams, and what the model's own settings ask for is overruled, as it will be.
+    arguments = {**generate_kwargs, "streamer": None, "cache_implementation": None, "prefill_chunk_size": None}
     with contextlib.suppress(_PreparedError), _prepared_by(model, prepared):
-        model.generate(input_ids, **unread)
+        model.generate(input_ids, **arguments)
 
 
 class _Patch:

@@ -38,12 +38,12 @@ def load_model(
         device: where they go.
 
     Raises:
-        OSError, ValueError: if there is no such model, or none that `transformers` can load.
+        OSError: if there is no such model, or none that can be loaded.
     """
     name, options = source_of(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except OSError as error:
+        return loaded.to(device), tokenizer
+    except Exception as error:  # of files, formats and devices
         raise OSError(f"The model {name!r} could not be loaded: {error}") from error
-    return loaded.to(device), tokenizer

@@ -3,7 +3,8 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from .generate import Settings, check_arguments, last_logits_only, sink_generate
 # What stands in a chat template for the parts of a conversation that are not known yet.
 _MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"
 _OWN_ARGUMENTS = {
-    "attention_mask", "input_ids", "inputs", "inputs_embeds", "max_length", "past_key_values", "position_ids",
-    "prefill_chunk_size", "return_dict_in_generate", "streamer", "use_cache",
+    "attention_mask", "cache_implementation", "custom_generate", "input_ids", "inputs", "inputs_embeds", "max_length",
+    "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate", "streamer", "use_cache",
 }  # fmt: skip
 # How many pieces of text may wait for who reads them.
 _WAITING = 8
@@ -69,10 +70,12 @@ class SinkSession:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.system = system
+        self._running: weakref.ref[Generator[Any]] | None = None
+        self._start()
         if system is not None:
             _check_text("system", system)
             if keep_system_prompt:
-                kept = len(self._tokens(self._turn(_MESSAGE, first=True).partition(_MESSAGE)[0]))
+                kept = len(self._tokens(self._turn(_MESSAGE).partition(_MESSAGE)[0]))
                 num_sink_tokens = max(num_sink_tokens, kept)
                 if num_sink_tokens >= window_length:
                     raise ValueError(
@@ -81,13 +84,12 @@ class SinkSession:
                         "window, or let it be forgotten with keep_system_prompt=False."
                     )
         self.cache = SinkCache(model.config, window_length, num_sink_tokens)
-        self._running: Generator[Any] | None = None
-        self._start()
 
     def _start(self) -> None:
         self._ids: list[int] = []  # of the tokens the cache counts, and of those it has yet to read, at least one
         self._forgotten = 0  # how many tokens before these were evicted
         self._open: str | None = None  # whose turn it is that the next token belongs to
+        self._ended = False  # whether the last token is the one by which the model ended its answer
 
     @property
     def tokens_seen(self) -> int:
@@ -119,14 +121,14 @@ class SinkSession:
         before = ""
         if self.tokenizer.chat_template is not None and self._open != "user":
             before = self._turn(_MESSAGE).partition(_MESSAGE)[0]
-            self._drop_end_of_turn()
         elif not self._ids and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
             self._ids.append(self.tokenizer.bos_token_id)
-        header, tokens = self._tokens(before), self._tokens(text)
-        self._ids += header + tokens
+        self._drop_end_of_turn()
+        first = self.tokens_seen + len(self._tokens(before))
+        tokens = self._tokens(before + text)
+        self._ids += tokens
         self._open = "user"
         unread = len(self._ids) - 1 - self.cache.get_seq_length()
-        first = self._forgotten + len(self._ids) - len(tokens)
         try:
             with logging.tqdm(total=unread, unit="token", disable=unread <= self.cache.window_length) as bar:
                 for count in self._in_thread(self._read):
@@ -134,7 +136,7 @@ class SinkSession:
         finally:
             read = max(self.cache.get_seq_length() + 1, first - self._forgotten)
             del self._ids[read:]
-        return len(tokens)
+        return self.tokens_seen - first
 
     def chat(self, message: str, **generate_kwargs: Any) -> Generator[str]:
         """Answer a message, in pieces of text as they come.
@@ -160,45 +162,58 @@ class SinkSession:
         tokens = self._tokens(text)
         self._check_generate(tokens, generate_kwargs)
 
-        def take_turn() -> None:
+        def take_turn() -> Detokenizer:
             self._drop_end_of_turn()
             self._ids.extend(tokens)
             self._open = "assistant"
+            return Detokenizer(self.tokenizer)
 
         return self._pieces(generate_kwargs, take_turn)
 
     def generate(self, **generate_kwargs: Any) -> Generator[str]:
         """Write on from where the stream is, in pieces of text as they come: after `feed`, or after an answer.
 
+        An answer that was cut off goes on; after one that the model has ended, the stream goes on behind its end.
+
         Raises:
             TypeError, ValueError: naming the argument and its value; if there is nothing to continue.
         """
         self._end_running()
-        if not self._ids:
+        if len(self._ids) == self.cache.get_seq_length():  # at the start, or where an error ended an answer
             raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")
         self._check_generate([], generate_kwargs)
-        return self._pieces(generate_kwargs, lambda: None)
+
+        def go_on() -> Detokenizer:
+            self._ended = False
+            return Detokenizer(self.tokenizer, self._ids[-8:])
+
+        return self._pieces(generate_kwargs, go_on)
 
     # Chat templates
 
-    def _turn(self, message: str, first: bool | None = None) -> str:
+    def _turn(self, message: str) -> str:
         """What the chat template writes for a message and the head of its answer, after what came before."""
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "`tokenizer` has no chat template. Set `tokenizer.chat_template` to that of the model, or use "
                 "`feed(text)` and `generate()`, which need none."
             )
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        first = not self._ids if first is None else first
+        first = not self._ids
+        messages = []
         if not first:
-            # A template is given one earlier turn, whatever the length of the conversation.
+            # A template is given one earlier turn, whatever the length of the conversation. The system prompt has been
+            # said; some templates would say it again in the last message.
             messages += [{"role": "user", "content": _MESSAGE}, {"role": "assistant", "content": _ANSWER}]
+        elif self.system is not None:
+            messages.append({"role": "system", "content": self.system})
         messages.append({"role": "user", "content": message})
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # jinja's, and whatever a template raises
             raise ValueError(f"The chat template of the tokenizer refuses the conversation: {error}") from error
         if first:
+            if self.system is not None and self.system.strip() not in text:
+                raise ValueError("`system` is left out by the chat template of the tokenizer. Say it in a message.")
             return text
         if text.count(_ANSWER) != 1:
             raise ValueError(
@@ -209,16 +224,21 @@ class SinkSession:
 
     def _drop_end_of_turn(self) -> None:
         """Leave it to the template to end the answer that the model ended with its last token."""
-        if self._ids and self._ids[-1] in self._ends({}):
+        if self._ended:
             self._ids.pop()
-
-    def _ends(self, generate_kwargs: dict[str, Any]) -> list[int]:
-        ends = Settings(self.model, generate_kwargs)["eos_token_id"]
-        return [] if ends is None else ends if isinstance(ends, list) else [ends]
+        self._ended = False
 
     def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokens
+        """The tokens of a text that follows what is there: some tokenizers begin one that follows nothing otherwise."""
+
+        def tokens(text: str) -> list[int]:
+            found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return found
+
+        before = tokens("a")
+        if self._ids and (joined := tokens("a" + text))[: len(before)] == before:
+            return joined[len(before) :]
+        return tokens(text)
 
     # Reading and writing
 
@@ -234,20 +254,18 @@ class SinkSession:
                     return False
         return True
 
-    def _write(self, generate_kwargs: dict[str, Any], emit: Callable[[str], bool]) -> None:
-        """Generate until the model, or a criterion, ends it; emits pieces of text."""
+    def _write(self, generate_kwargs: dict[str, Any], text: "Detokenizer", emit: Callable[[str], bool]) -> None:
+        """Generate until the model, or a criterion, ends it; emits pieces of `text`."""
         settings = Settings(self.model, generate_kwargs)
         most, least = settings["max_new_tokens"], settings["min_new_tokens"] or 0
-        ends = self._ends(generate_kwargs)
-        text = Detokenizer(self.tokenizer)
+        ends = settings["eos_token_id"]
+        ends = ends if isinstance(ends, list | tuple) else [ends]
         going = True
 
         def take(tokens: list[int]) -> None:
             nonlocal going
             self._ids.extend(tokens)
-            piece = text.push(tokens)
-            if piece:
-                going = emit(piece) and going
+            going = emit(text.push(tokens)) and going
 
         criteria = _Criteria(self.tokenizer, settings, lambda: not going)
         made = 0
@@ -271,7 +289,8 @@ class SinkSession:
             sink_generate(self.model, input_ids, **arguments)
             new = self.tokens_seen - before
             made += new
-            if new < part or self._ids[-1] in ends:
+            self._ended = self._ids[-1] in ends
+            if new < part or self._ended:
                 break
         if (rest := text.flush()) and going:
             emit(rest)
@@ -298,20 +317,28 @@ class SinkSession:
         for name in ("num_beams", "num_return_sequences"):
             if (settings[name] or 1) != 1:
                 raise ValueError(f"`{name}` must be 1, got {settings[name]}: a session is one stream.")
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if settings[name] is not None:
+                raise ValueError(
+                    f"`{name}` must be left out, got {settings[name]!r:.80}: sessions choose token by token."
+                )
         if settings["stop_strings"] is not None:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
         most = settings["max_new_tokens"]
+        if not isinstance(most, int | None):
+            raise TypeError(f"`max_new_tokens` must be an int, got {most!r}.")
         checked = {"max_new_tokens": self.cache.window_length if most is None else most, "past_key_values": self.cache}
         check_arguments(self.model, self._tensor([*self._ids, *tokens]), {**generate_kwargs, **checked})
 
-    def _pieces(self, generate_kwargs: dict[str, Any], begin: Callable[[], None]) -> Generator[str]:
+    def _pieces(self, generate_kwargs: dict[str, Any], begin: "Callable[[], Detokenizer]") -> Generator[str]:
         def work(emit: Callable[[str], bool]) -> None:
-            begin()
+            text = begin()
             if self._read(lambda count: emit("")):
-                self._write(generate_kwargs, emit)
+                self._write(generate_kwargs, text, emit)
 
-        self._running = self._in_thread(work)
-        return self._running
+        pieces = self._in_thread(work)
+        self._running = weakref.ref(pieces)  # who drops it ends it
+        return pieces
 
     def _in_thread(self, work: Callable[[Callable[[Any], bool]], object]) -> Generator[Any]:
         """What `work` emits. It is told when nobody wants more, and stops where the cache is whole.
@@ -319,7 +346,7 @@ class SinkSession:
         In a thread, because `generate` calls who streams, and because Ctrl-C must not end a forward pass half-way.
         """
         items: queue.Queue[Any] = queue.Queue(_WAITING)
-        left, end = threading.Event(), object()
+        left, done, end = threading.Event(), threading.Event(), object()
         failed: list[BaseException] = []
 
         def emit(item: Any) -> bool:
@@ -336,25 +363,32 @@ class SinkSession:
                 work(emit)
             except BaseException as error:
                 failed.append(error)
+            done.set()
             emit(end)
 
-        worker = threading.Thread(target=run, daemon=True)
-        worker.start()
+        threading.Thread(target=run, daemon=True).start()
         try:
             while (item := items.get()) is not end:
                 if item:
                     yield item
         finally:
             left.set()
-            worker.join()
+            interrupt = None
+            while not done.is_set():  # whatever is pressed, the forward pass that runs is the session's
+                try:
+                    done.wait()
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
         if failed:
             raise failed[0]
 
     def _end_running(self) -> None:
         """End the answer that is being given, if one is."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        running = None if self._running is None else self._running()
+        if running is not None:
+            running.close()
 
 
 class Detokenizer:
@@ -362,12 +396,13 @@ class Detokenizer:
 
     Args:
         tokenizer: of the tokens.
+        before: the last tokens before those that will come.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._told = 0  # how many of them are part of what was returned
+        self._ids = list(before)
+        self._told = len(self._ids)  # how many of them are part of what was returned
 
     def push(self, tokens: list[int]) -> str:
         """The text that is certain now; the rest of a character may still be missing."""
@@ -388,8 +423,9 @@ class Detokenizer:
         whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(self._ids) - self._told > 8
         if not (whole or final):
             return ""
-        # The last tokens stay, for they say whether a space belongs before the next one.
-        self._ids = self._ids[self._told :]
+        # The last tokens with a text stay, for they say whether a space belongs before the next one.
+        if len(text) > len(told) or len(self._ids) > 16:
+            self._ids = self._ids[self._told :]
         self._told = len(self._ids)
         return text[len(told) :]
 
