@@ -350,15 +350,23 @@ def test_tokens_without_a_text_do_not_hide_that_the_reader_left(model: Any) -> N
 def test_an_answer_that_is_dropped_ends(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), 32)
     threads = threading.active_count()
+
+    def ended() -> bool:
+        for _ in range(100):
+            if threading.active_count() == threads:
+                return True
+            time.sleep(0.05)
+        return False
+
     for _ in session.chat("Hello", suppress_tokens=[END]):
         break
-    assert threading.active_count() == threads
+    assert ended()
     kept = session.chat("Hello", suppress_tokens=[END])
     next(kept)
     dropped = weakref.ref(session.cache)
     del session, kept
     gc.collect()
-    assert threading.active_count() == threads
+    assert ended()
     assert dropped() is None
 
 

@@ -1,5 +1,6 @@
 """`SinkSession`: one conversation, or one text, without end, in memory that does not grow."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -26,7 +27,8 @@ from .generate import Settings, check_arguments, last_logits_only, sink_generate
 _MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"
 _OWN_ARGUMENTS = {
     "attention_mask", "cache_implementation", "custom_generate", "input_ids", "inputs", "inputs_embeds", "max_length",
-    "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate", "streamer", "use_cache",
+    "min_length", "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate", "streamer",
+    "use_cache",
 }  # fmt: skip
 # How many pieces of text may wait for who reads them.
 _WAITING = 8
@@ -130,8 +132,12 @@ class SinkSession:
         self._open = "user"
         unread = len(self._ids) - 1 - self.cache.get_seq_length()
         try:
-            with logging.tqdm(total=unread, unit="token", disable=unread <= self.cache.window_length) as bar:
-                for count in self._in_thread(self._read):
+            short = unread <= self.cache.window_length
+            with (
+                logging.tqdm(total=unread, unit="token", disable=short) as bar,
+                contextlib.closing(self._in_thread(self._read)) as counts,
+            ):
+                for count in counts:
                     bar.update(count)
         finally:
             read = max(self.cache.get_seq_length() + 1, first - self._forgotten)
@@ -309,7 +315,7 @@ class SinkSession:
 
     def _check_generate(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
         for name in sorted(generate_kwargs.keys() & _OWN_ARGUMENTS):
-            remedy = " Bound an answer by `max_new_tokens`." if name == "max_length" else ""
+            remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
             raise TypeError(
                 f"`{name}` must be left out, got {generate_kwargs[name]!r:.80}: it is the session's.{remedy}"
             )
