@@ -37,7 +37,7 @@ _WAITING = 8
 class SinkSession:
     """One endless stream through a model: a chat, a document and questions to it, or plain text.
 
-    Nothing grows with the stream: the session knows the last `2 * window_length` tokens and counts the others. (Where
+    Nothing grows with the stream: the session knows no more than the last three windows and counts the rest. (Where
     the positions of a model cannot be wound back, `SinkCache.can_rebase`, token ids and masks of `generate` grow,
     by a few bytes per token.)
 
