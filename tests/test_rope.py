@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import (
     BertConfig,
     FalconConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -206,3 +207,8 @@ def test_deriving_leaves_the_callers_state_alone() -> None:
     assert not rotation.inv_freq.is_inference()
     assert torch.equal(torch.get_rng_state(), state)
     assert config.to_dict() == before.to_dict()
+
+
+def test_a_model_that_makes_much_of_a_rounding_is_not_taken_for_one_that_counts_positions() -> None:
+    config = Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4)
+    assert derive_positions(config, range(4)).limit > config.max_position_embeddings

@@ -169,6 +169,9 @@ _NEAR = 1024
 # position they differ by 1e-4 at most, and with a query scaled by its position by 1e-1.
 _ORDER_TOLERANCE = 5e-5
 _MOVED_TOLERANCE = 5e-4
+# Some models (Gemma 3n) make a hundredth of a rounding in their first layer, on some processors. A twin is told from
+# itself by so many times what one rounding does to it.
+_NOISE_MARGIN = 8
 _LARGEST_TWIN = 300_000_000
 
 
@@ -243,7 +246,9 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
         rows_later = _cached_at(copied, [*near, position])
         return _logits_at(copied, position, masked), rows_later
 
-    def unchanged(logits: Tensor, rows_later: dict[int, list[Tensor]], tolerance: float = _MOVED_TOLERANCE) -> bool:
+    moved = max(_MOVED_TOLERANCE, _NOISE_MARGIN * _noise(twin, start, masked))
+
+    def unchanged(logits: Tensor, rows_later: dict[int, list[Tensor]], tolerance: float = moved) -> bool:
         """Whether that is what it does at the start."""
         return _same(logits, start, tolerance) and all(
             _same(later[:-1], states)
@@ -252,7 +257,7 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
             if states.numel() > 0
         )
 
-    def unchanged_at(position: int, tolerance: float = _MOVED_TOLERANCE) -> bool:
+    def unchanged_at(position: int, tolerance: float = moved) -> bool:
         try:
             return unchanged(*later(position), tolerance)
         except Exception:  # the end of a table of positions, by whatever name
@@ -289,8 +294,8 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
     if not unchanged_at(LAST_POSITION - 1):
         limit = _first_change(unchanged_at)
         # A change must be a jump, or a slope that begins late; one that shows halfway was there from the start.
-        if not unchanged_at(limit - 1, _MOVED_TOLERANCE / 2):
-            if not unchanged_at(limit // 2, _MOVED_TOLERANCE / 5):
+        if not unchanged_at(limit - 1, moved / 2):
+            if not unchanged_at(limit // 2, moved / 5):
                 return _LENGTH
             # It shows a little after it begins: that of Inkling 2, a logarithm from 128,000 on, at 135,000.
             limit = limit * 9 // 10
@@ -299,10 +304,22 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
     in_order |= any(getattr(layer, "indexer_position_ids", None) is not None for layer in _run_at(twin, [0]).layers)
     rebasable = True
     try:
-        rebasable = _same(_logits_at(twin, 0, masked, lost=LAST_POSITION), start, _MOVED_TOLERANCE)
+        rebasable = _same(_logits_at(twin, 0, masked, lost=LAST_POSITION), start, moved)
     except Exception:  # a table that is read at the number of tokens seen
         rebasable = False
     return _Measured(rotations, indexers, in_order, limit, masked, rebasable)
+
+
+def _noise(twin: PreTrainedModel, start: Tensor, masked: bool) -> float:
+    """By how much the logits change, on their scale, if every embedding is rounded otherwise."""
+    embeddings: Any = twin.get_input_embeddings().weight
+    before = embeddings.clone()
+    signs = torch.arange(embeddings.numel()).view_as(embeddings) % 2 * 2 - 1
+    embeddings.mul_(1 + signs * torch.finfo(embeddings.dtype).eps)
+    try:
+        return float((_logits_at(twin, 0, masked) - start).norm() / start.norm())
+    finally:
+        embeddings.copy_(before)
 
 
 def _first_change(unchanged_at: Callable[[int], bool]) -> int:
