@@ -170,8 +170,9 @@ _NEAR = 1024
 _ORDER_TOLERANCE = 5e-5
 _MOVED_TOLERANCE = 5e-4
 # Some models (Gemma 3n) make a hundredth of a rounding in their first layer, on some processors. A twin is told from
-# itself by so many times what one rounding does to it.
+# itself by so many times what one rounding does to it, but never by as much as a scaled query would show.
 _NOISE_MARGIN = 8
+_LARGEST_TOLERANCE = 3e-2
 _LARGEST_TWIN = 300_000_000
 
 
@@ -246,7 +247,7 @@ def _measure_twin(twin: PreTrainedModel, longest: int, masked: bool = True) -> _
         rows_later = _cached_at(copied, [*near, position])
         return _logits_at(copied, position, masked), rows_later
 
-    moved = max(_MOVED_TOLERANCE, _NOISE_MARGIN * _noise(twin, start, masked))
+    moved = min(max(_MOVED_TOLERANCE, _NOISE_MARGIN * _noise(twin, start, masked)), _LARGEST_TOLERANCE)
 
     def unchanged(logits: Tensor, rows_later: dict[int, list[Tensor]], tolerance: float = moved) -> bool:
         """Whether that is what it does at the start."""
