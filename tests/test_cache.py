@@ -403,7 +403,8 @@ def test_an_interrupted_forward_pass_is_noticed_by_the_next_one(failing_layer: i
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 30:], past_key_values=cache)
         hook.remove()
-        with pytest.raises(RuntimeError, match=r"interrupted: layer 0 has seen 31 tokens and others 30.*`reset\(\)`"):
+        where = rf"interrupted between layer {failing_layer - 1} and layer 3.*`reset\(\)`"
+        with pytest.raises(RuntimeError, match=where):
             model(ids[:, 30:], past_key_values=cache)
         cache.reset()
         model(ids, past_key_values=cache)

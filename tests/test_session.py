@@ -444,3 +444,65 @@ def test_pieces_are_the_text(text: str, steps: list[int]) -> None:
         position += step
     pieces.append(detokenizer.flush())
     assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+# --- files
+
+
+def begun(session: SinkSession) -> None:
+    next(session.chat("Tell me a very long story.", suppress_tokens=[END]))
+
+
+SAVED: dict[str, Callable[[SinkSession], object]] = {
+    "new": lambda session: None,
+    "after a document": lambda session: session.feed("It was a bright cold day in April. " * 5),
+    "after an answer": lambda session: "".join(session.chat("Hello, who are you?", max_new_tokens=9)),
+    "after one that the model ended": lambda session: "".join(session.chat("Hello!", **say(session, "Yes."))),
+    "past the window": lambda session: "".join(session.chat("Tell me more. " * 9, max_new_tokens=90)),
+    "in the middle of an answer": begun,
+}
+
+
+@pytest.mark.parametrize("moment", SAVED)
+@pytest.mark.parametrize("system", [None, "Speak like a pirate."])
+def test_a_resumed_session_is_bitwise_the_one_that_never_stopped(
+    model: Any, moment: str, system: str | None, tmp_path: Path
+) -> None:
+    session = SinkSession(model, byte_tokenizer(), 64, system=system)
+    SAVED[moment](session)
+    session.save(tmp_path / "chat")
+    resumed = SinkSession.load(tmp_path / "chat", model, byte_tokenizer())
+    assert (resumed.tokens_seen, resumed.kept_length) == (session.tokens_seen, session.kept_length)
+    if moment == "after an answer":
+        assert "".join(resumed.generate(max_new_tokens=5)) == "".join(session.generate(max_new_tokens=5))
+    for message in ("And then?", "Go on, " * 12):
+        answers = ["".join(each.chat(message, max_new_tokens=50)) for each in (session, resumed)]
+        assert answers[0] == answers[1]
+    assert (resumed._ids, resumed.tokens_seen) == (session._ids, session.tokens_seen)
+    pending = torch.tensor([session._ids[session.cache.get_seq_length() :]])
+    with torch.no_grad():
+        logits = [model(pending, past_key_values=each.cache).logits for each in (session, resumed)]
+    assert torch.equal(*logits)
+
+
+def test_a_session_of_another_model_or_tokenizer_is_refused(model: Any, tmp_path: Path) -> None:
+    session, path = SinkSession(model, byte_tokenizer(), 64), tmp_path / "chat"
+    "".join(session.chat("Hello!", max_new_tokens=3))
+    session.save(path)
+    with pytest.raises(ValueError, match="`config` must be that of the model .*: num_hidden_layers was 2, got 1"):
+        SinkSession.load(
+            path, build_model(build_config("llama", **{**SIZES, "num_hidden_layers": 1})), byte_tokenizer()
+        )
+    with pytest.raises(
+        ValueError, match="`model` must be that of the session in .*chat': the weights are not the same"
+    ):
+        SinkSession.load(path, build_model(model.config, scale=3.0), byte_tokenizer())
+    other = byte_tokenizer()
+    other.add_tokens(["another"])
+    with pytest.raises(ValueError, match="`tokenizer` must be that of the session in .*: the vocabulary"):
+        SinkSession.load(path, model, other)
+    with pytest.raises(ValueError, match="must be a file that `save` of a cache wrote, got .*: it holds a session"):
+        SinkCache.load(path, model.config)
+    session.cache.save(path)
+    with pytest.raises(ValueError, match="must be a file that `save` of a session wrote, got .*: it holds a cache"):
+        SinkSession.load(path, model, byte_tokenizer())

@@ -6,8 +6,11 @@ pristine copy. Knows no model.
 """
 
 import contextlib
+import json
+import os
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,8 +32,20 @@ except ImportError:  # early transformers 5 has no such layers
     LinearAttentionAndFullAttentionLayer = _Absent  # type: ignore[misc,assignment]
     LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
 
+from . import files
 from .rope import LAST_POSITION, Positions, Rotation, derive_positions
 from .rows import Group, Rows, put, take
+
+_T = TypeVar("_T")
+# What a forward pass of a text comes by, and no other layer.
+_FOLLOWED = (CacheLayerMixin, LinearAttentionLayer)
+# What a layer holds that follows from the rest.
+_DERIVED = {"rows", "rotation", "group", "place", "_single_token"}
+# What differs between configs of one model, or says nothing about its states.
+_OF_NO_MATTER = (
+    r"^_|_token_id$|dtype|version|use_cache|architectures|label|dropout|initializer|^output_|return_dict|problem_type|"
+    r"^is_|tokenizer|auto_map|quantization|chunk_size_feed_forward|pretraining_tp|implementation"
+)
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -123,6 +138,9 @@ class SinkCache(Cache):
                 f"`window_length` must be below {positions.limit}, where this {config.model_type!r} model ends or "
                 f"changes its behaviour, got {window_length}."
             )
+        # Text reaches no others: they are for images, or no attention at all.
+        for_images = {*ring_layers} - positions.rotations.keys()
+        reached = [i for i, layer in enumerate(layers) if isinstance(layer, _FOLLOWED) and i not in for_images]
         ring_layers = list(positions.rotations)
         # A ring in the place of a sliding layer still gets the mask of the sliding window.
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
@@ -135,6 +153,7 @@ class SinkCache(Cache):
             compiles &= plain if i in ring_layers else layer.is_compileable
         # An indexer that pools the keys of neighbours is given positions that know no padding.
         self._masked = positions.masked and not (positions.indexers and positions.in_order)
+        self._config = config
         self._model_type = config.model_type
         self.rows = Rows(window_length, num_sink_tokens, compiles, sliding=self._sliding_window < torch.inf)
         self.rows.restart(self._checked_pads(attention_mask))
@@ -151,9 +170,13 @@ class SinkCache(Cache):
         self.num_sink_tokens = num_sink_tokens
         self._first_ring: SinkLayer = layers[ring_layers[0]]
         self._last_ring: SinkLayer = layers[ring_layers[-1]]
+        self._measured = rotation is None
         self.position_limit = positions.limit
         self._rebasable = positions.rebasable
         self._followers = frozenset(ring_layers[1:])
+        self._counting = [layers[i] for i in reached if isinstance(layers[i], CacheLayerMixin)]
+        self._last_layer = reached[-1]
+        self._await_pass()
         # `generate` puts all pads at position 0, so that their states are equal; where states rotate, no others are.
         self._padding_guard = next((i for i, rotation in positions.rotations.items() if rotation is not None), None)
 
@@ -188,16 +211,87 @@ class SinkCache(Cache):
         Raises:
             ValueError: if batch size, heads, head dimension, dtype or device differ from what is stored, if the stream
                 reaches the end of the positions, or if the first prompt is left-padded. Nothing is changed then.
-            RuntimeError: if an earlier forward pass was interrupted between two layers.
+            RuntimeError: if an earlier forward pass, or a change of the cache, was interrupted half-way.
         """
-        layer = self.layers[layer_idx]
+        layer, compiling = self.layers[layer_idx], torch.compiler.is_compiling()
+        if not compiling:
+            self._check_pass(layer_idx, "update")
         # What concerns a whole step is checked before its first ring, and not again.
         if key_states.shape[2] != 1 or layer_idx not in self._followers or not layer.is_initialized:
             self._check_update(key_states, value_states, layer_idx)
-        returned: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        if layer is self._last_ring and not torch.compiler.is_compiling():
-            self.rows.eager_tokens = self.rows.eager_tokens + 1 if key_states.shape[2] == 1 else 0
+        # A ring says itself when it changes.
+        with contextlib.nullcontext() if compiling or isinstance(layer, SinkLayer) else self.rows.changes():
+            returned: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        if not compiling:
+            self._note(layer_idx, "update")
+            if layer is self._last_ring:
+                self.rows.eager_tokens = self.rows.eager_tokens + 1 if key_states.shape[2] == 1 else 0
         return returned
+
+    # A forward pass comes by the layers in their order. It ends without a word, and so does one that an exception ends
+    # half-way: that shows at the next one, which begins again before the last layer was reached.
+
+    def _await_pass(self) -> None:
+        self._layer_reached = self._last_layer
+        self._parts_done: set[str] = set()
+
+    def _check_pass(self, layer_idx: int, part: str) -> None:
+        """Refuse to begin a forward pass after one that was not ended."""
+        reached = self._layer_reached
+        if layer_idx < reached or (layer_idx == reached and part in self._parts_done) or self.rows.changing:
+            self._check_whole()
+
+    def _note(self, layer_idx: int, part: str) -> None:
+        if layer_idx != self._layer_reached:
+            self._layer_reached = layer_idx
+            self._parts_done.clear()
+        self._parts_done.add(part)
+
+    def _check_whole(self) -> None:
+        """Raise if a forward pass, or a change, was interrupted, so that layers do not belong together any more."""
+        if self.rows.changing:
+            what = "while the states of a layer were changed"
+        elif self._layer_reached != self._last_layer:
+            what = f"between layer {self._layer_reached} and layer {self._last_layer}"
+        elif len(seen := {layer.get_seq_length() for layer in self._counting}) > 1:
+            what = f"between two layers: they have seen {' and '.join(map(str, sorted(seen)))} tokens"
+        else:
+            return
+        raise RuntimeError(f"A forward pass was interrupted {what}. Start a new stream with `reset()`.")
+
+    @contextlib.contextmanager
+    def _changing(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Inside, all layers are changed. If that is interrupted the next call says so, unless the first refused it."""
+        self._check_whole()
+        with self.rows.changes(*refusals):
+            yield
+
+    def _in_pass(self, layer_idx: int, part: str, change: Callable[[], _T]) -> _T:
+        if torch.compiler.is_compiling():
+            return change()
+        self._check_pass(layer_idx, part)
+        with self.rows.changes():
+            changed = change()
+        self._note(layer_idx, part)
+        return changed
+
+    # Linear attention and convolutions count no tokens. A model changes what `get_conv_state` gives in place.
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        get = super().get_conv_state
+        return self._in_pass(layer_idx, f"get_conv_state {state_idx}", lambda: get(layer_idx, state_idx))
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        update = super().update_conv_state
+        part = f"update_conv_state {state_idx}"
+        return self._in_pass(layer_idx, part, lambda: update(conv_states, layer_idx, state_idx, **kwargs))
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        update = super().update_recurrent_state
+        part = f"update_recurrent_state {state_idx}"
+        return self._in_pass(layer_idx, part, lambda: update(recurrent_states, layer_idx, state_idx, **kwargs))
 
     def _check_update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         layer, ring, batch_size = self.layers[layer_idx], self._first_ring, key_states.shape[0]
@@ -218,11 +312,6 @@ class SinkCache(Cache):
             return  # it cannot read how many tokens were seen
         seen = layer.get_seq_length()
         self._check_limit(seen, key_states.shape[2])
-        if layer is ring and seen != self._last_ring.get_seq_length():
-            raise RuntimeError(
-                f"A forward pass was interrupted: layer {layer_idx} has seen {seen} tokens and others "
-                f"{self._last_ring.get_seq_length()}. Start a new stream with `reset()`."
-            )
         if self.rows.pads is not None and len(self.rows.pads) != batch_size and not ring.is_initialized:
             # Beams and several answers to a prompt repeat its row.
             repeats, rest = divmod(batch_size, len(self.rows.pads))
@@ -343,15 +432,22 @@ class SinkCache(Cache):
         Raises:
             NotImplementedError: if the model counts positions by itself or has layers that cannot be wound back.
         """
+        self._check_rebasable()
+        with self._changing():
+            self._rebase()
+
+    def _check_rebasable(self) -> None:
         if not self.can_rebase:
             raise NotImplementedError(
                 "The positions of this model cannot be wound back: it does not read them from `position_ids` alone, or "
                 "has attention layers that are no rings. Start a new stream with `reset()`."
             )
+
+    def _rebase(self) -> None:
         shift = self._first_ring.shift_of(self._first_ring.num_seen)
         for ring in self._rings():
             ring.rebase(shift)
-        self.rows.base = shift
+        self.rows.set_base(shift)
 
     def compact(self) -> None:
         """Count the kept tokens as all that was ever seen: `get_seq_length()` becomes `kept_length`.
@@ -362,13 +458,15 @@ class SinkCache(Cache):
         Raises:
             NotImplementedError: if positions cannot be wound back, see `rebase`.
         """
-        self.rebase()
-        shift = self.rows.base
-        for ring in self._rings():
-            ring.order_slots()
-        self.rows.forget(shift)
-        for ring in self._rings():
-            ring.forget(shift)
+        self._check_rebasable()
+        with self._changing():
+            self._rebase()
+            shift = self.rows.base
+            for ring in self._rings():
+                ring.order_slots()
+            self.rows.forget(shift)
+            for ring in self._rings():
+                ring.forget(shift)
 
     def _rings(self) -> Iterator["SinkLayer"]:
         for layer in self.layers:
@@ -376,6 +474,99 @@ class SinkCache(Cache):
                 yield layer
             if isinstance(layer, IndexedSinkLayer):
                 yield layer.indexer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the stream to a safetensors file, from which `load` resumes it: what follows is bitwise the same.
+
+        An old file of that name is replaced at once and by a whole one only, even if the process is killed meanwhile.
+
+        Args:
+            path: of the file, which is about as large as the cache.
+
+        Raises:
+            RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume.
+            OSError: if the file cannot be written.
+        """
+        files.write(path, "cache", self.state())
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: PreTrainedConfig, device: str | torch.device | None = None
+    ) -> Self:
+        """The cache that `save` wrote, to go on where it was.
+
+        Args:
+            path: of the file.
+            config: the config of the model, which must be the one that the stream was made with.
+            device: where the states go; by default, layer for layer, to the devices they were on.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, damaged, of another program or a newer version, if the stream belongs
+                to another model (naming what differs), or if a device is not at hand.
+
+        Example:
+            >>> cache.save("stream.safetensors")
+            >>> cache = SinkCache.load("stream.safetensors", model.config)
+        """
+        return cls.from_state(files.read(path, "cache"), config, device)
+
+    def state(self) -> dict[str, Any]:
+        """All that the stream is, in plain values and tensors, which are not copied."""
+        self._check_whole()
+        return {
+            "config": json.loads(self._config.to_json_string(use_diff=False)),
+            "window_length": self.window_length,
+            "num_sink_tokens": self.num_sink_tokens,
+            "rotations": [None if ring.rotation is None else vars(ring.rotation) for ring in self._rings()],
+            "measured": self._measured,
+            "pads": self.rows.pads,
+            "base": self.rows.base,
+            "eager_tokens": self.rows.eager_tokens,
+            "layers": [_state_of(layer) for layer in self.layers],
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any], config: PreTrainedConfig, device: str | torch.device | None = None
+    ) -> Self:
+        """A cache in the state that another one was in; see `load`."""
+        if isinstance(config, PreTrainedConfig):  # anything else is refused below
+            text_config = config.get_text_config(decoder=True)
+            ours = json.loads(text_config.to_json_string(use_diff=False))
+            for name in sorted(state["config"].keys() & ours.keys()):
+                if ours[name] != state["config"][name] and not re.search(_OF_NO_MATTER, name):
+                    raise ValueError(
+                        f"`config` must be that of the model whose stream was saved: {name} was "
+                        f"{state['config'][name]!r:.80}, got {ours[name]!r:.80}."
+                    )
+        saved = [None if rotation is None else Rotation(**rotation) for rotation in state["rotations"]]
+        by_hand = None if state["measured"] else next((rotation for rotation in saved if rotation is not None), None)
+        cache = cls(config, state["window_length"], state["num_sink_tokens"], by_hand)
+        rings, kinds = list(cache._rings()), [layer["kind"] for layer in state["layers"]]
+        if (
+            kinds != [type(layer).__name__ for layer in cache.layers]
+            or len(rings) != len(saved)
+            or not all(_turn_alike(ring.rotation, rotation) for ring, rotation in zip(rings, saved, strict=True))
+        ):
+            raise ValueError(
+                f"`config` is that of the {cache._model_type!r} model whose stream was saved, but this version of "
+                "transformers caches its states in another form. Load the stream with the version that it was saved "
+                f"with, {state['config'].get('transformers_version')}."
+            )
+        cache.rows.restart(state["pads"])
+        with torch.inference_mode(False):
+            for layer, layer_state in zip(cache.layers, state["layers"], strict=True):
+                _restore(layer, layer_state, device)
+                for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+                    cache.rows.fix_address(*(state for state in states.values() if state is not None))
+        for ring in rings:
+            if ring.is_initialized:
+                ring.join_group()
+                ring.seen = ring._seen
+        cache.rows.set_base(state["base"])
+        cache.rows.eager_tokens = state["eager_tokens"]
+        return cache
 
     @property
     def num_rows(self) -> int:
@@ -427,22 +618,34 @@ class SinkCache(Cache):
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
         self.rows.restart(None)
+        self._await_pass()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows in the place of others: row `i` becomes a copy of row `beam_idx[i]`."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.rows.map_batch(lambda pads: pads.index_select(0, beam_idx.to(pads.device)))
+        with self._changing(IndexError):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            self.rows.map_batch(lambda pads: pads.index_select(0, beam_idx.to(pads.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self.rows.map_batch(lambda pads: pads.repeat_interleave(repeats))
+        _check_int("repeats", repeats, at_least=1)
+        with self._changing():
+            self._map_batch("batch_repeat_interleave", repeats, lambda states: states.repeat_interleave(repeats, dim=0))
+            self.rows.map_batch(lambda pads: pads.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices`."""
         indices = torch.as_tensor(indices)
-        super().batch_select_indices(indices)
-        self.rows.map_batch(lambda pads: pads[indices.to(pads.device)])
+        with self._changing(IndexError):
+            self._map_batch("batch_select_indices", indices, lambda states: states[indices])
+            self.rows.map_batch(lambda pads: pads[indices.to(pads.device)])
+
+    def _map_batch(self, name: str, argument: Any, function: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            if hasattr(layer, name):
+                getattr(layer, name)(argument)
+            if isinstance(layer, LinearAttentionLayer) and not isinstance(layer, SinkLayer):
+                _map_linear(layer, function)  # transformers leaves these as they are
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep, as in early 5.x.
@@ -455,14 +658,17 @@ class SinkCache(Cache):
         """
         ring = self._first_ring
         removed = ring.get_seq_length() - ring.length_after_crop(tokens_to_remove)
-        # The rings, which cannot refuse now, last: other layers may. They read 0 as a length in early 5.x, and as a
-        # call to forget what they recorded later.
-        for layer in sorted(self.layers, key=lambda layer: type(layer) in (SinkLayer, IndexedSinkLayer)):
-            if removed > 0 or getattr(layer, "record_past", False):
-                try:
-                    layer.crop(-removed)
-                except RuntimeError as error:
-                    raise ValueError(f"`tokens_to_remove`={tokens_to_remove} is refused by a layer: {error}") from error
+        # Who may refuse comes first, and the rings, which cannot refuse now, last. Others read 0 as a length in early
+        # 5.x, and as a call to forget what they recorded later.
+        with self._changing(ValueError):
+            for layer in sorted(self.layers, key=_refuses_crop_at):
+                if removed > 0 or getattr(layer, "record_past", False):
+                    try:
+                        layer.crop(-removed)
+                    except RuntimeError as error:
+                        raise ValueError(
+                            f"`tokens_to_remove`={tokens_to_remove} is refused by a layer: {error}"
+                        ) from error
 
 
 class SinkLayer(CacheLayerMixin):
@@ -582,11 +788,15 @@ class SinkLayer(CacheLayerMixin):
                 sinks = self.turning(self.keys, self.values)[:, :, : self.num_sink_tokens]
                 # Half-precision states are turned in float32 and rounded once, in their slots.
                 self.sinks = sinks.to(torch.promote_types(sinks.dtype, torch.float32), copy=True)
-            self.group = self.rows.group_of(self)
-            self.place = len(self.group.rings) - 1
-            self._hold()
+            self.join_group()
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+
+    def join_group(self) -> None:
+        """Take steps together with the other rings, from now on with these buffers."""
+        self.group = self.rows.group_of(self)
+        self.place = len(self.group.rings) - 1
+        self._hold()
 
     def _hold(self) -> None:
         self.rows.fix_address(self.keys, self.values, *([] if self.rotation is None else [self.sinks]))
@@ -619,28 +829,25 @@ class SinkLayer(CacheLayerMixin):
                 self._check_like_first(key_states, value_states)
             return self._step(key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            with self.rows.changes():
+                self.lazy_initialization(key_states, value_states)
         self._check_like_first(key_states, value_states)
         self._store_recorded()
-        seen = self.seen + query_length
         if self.rows.windowed:
-            returned = self._windowed(key_states, value_states)
-            self.seen = seen
-            return returned
+            return self._windowed(key_states, value_states)
         # The shift of the first query counts for all of them; see get_mask_sizes.
         shift = self.shift_of(self.seen + min(query_length, 1))
         # Views would be written over before a backward pass reads them. Under autograd the new states are handed on
         # themselves, the kept ones as constants.
+        seen = self.seen + query_length
         if seen <= self.window_length and shift == 0 and not (torch.is_grad_enabled() or self.record_past):
-            self._write(key_states, value_states)
-            returned = self.keys[:, :, :seen], self.values[:, :, :seen]
+            self._take(key_states, value_states)
+            return self.keys[:, :, :seen], self.values[:, :, :seen]
+        returned = self._joined(self.keys, key_states, shift), self._joined(self.values, value_states, shift)
+        if self.record_past:
+            self._recorded = key_states.detach(), value_states.detach()
         else:
-            returned = self._joined(self.keys, key_states, shift), self._joined(self.values, value_states, shift)
-            if self.record_past:
-                self._recorded = key_states.detach(), value_states.detach()
-                return returned
-            self._write(key_states, value_states)
-        self.seen = seen
+            self._take(key_states, value_states)
         return returned
 
     def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -649,6 +856,7 @@ class SinkLayer(CacheLayerMixin):
         What depends on the number of tokens is in tensors, so that a compiled model is compiled once.
         """
         group, rows = self.group, self.rows
+        rows.changing = True
         if self.place == 0:
             group.begin(self._seen)
         slot = group.slot()
@@ -666,6 +874,7 @@ class SinkLayer(CacheLayerMixin):
         put(self.values, slot, value_states)
         if not torch.compiler.is_compiling():
             self._seen += 1
+        rows.changing = False
         return keys, values
 
     def _joined(self, slots: Tensor, states: Tensor, shift: int) -> Tensor:
@@ -699,16 +908,17 @@ class SinkLayer(CacheLayerMixin):
 
     def _windowed(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What `Rows.windowed` asks for: the sinks once per query, each copy turned for its query, then the rest."""
-        query_length, recent = key_states.shape[2], self.rows.windowed_recent(self.seen)
+        seen, query_length = self.seen, key_states.shape[2]
+        recent = self.rows.windowed_recent(seen)
         kept = self._recent(self.keys, recent), self._recent(self.values, recent)
         # Sinks may be among the new tokens. Then nothing evicts what was kept, or it was copied.
-        all_seen = self.rows.all_sinks_seen(self.seen)
+        all_seen = self.rows.all_sinks_seen(seen)
         if not all_seen:
-            self._write(key_states, value_states)
+            self._take(key_states, value_states)
         copies = []
         for slots in (self.keys, self.values):
             if self.rotation is not None and slots is self.turning(self.keys, self.values):
-                phase = self.rows.windowed_phase(self.rotation, self.seen, query_length, self.sinks)
+                phase = self.rows.windowed_phase(self.rotation, seen, query_length, self.sinks)
                 each = self.sinks[:, :, None].expand(-1, -1, query_length, -1, -1)
                 sinks = self.rotation.turned_by(phase, each).to(slots.dtype)
             else:
@@ -717,7 +927,7 @@ class SinkLayer(CacheLayerMixin):
         keys = torch.cat([copies[0], *kept[0], key_states], dim=2)
         values = torch.cat([copies[1], *kept[1], value_states], dim=2)
         if all_seen:
-            self._write(key_states, value_states)
+            self._take(key_states, value_states)
         return keys, values
 
     def _check_like_first(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -762,6 +972,14 @@ class SinkLayer(CacheLayerMixin):
     def turning(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Those of the two that carry the position."""
         return value_states if self.rotation is not None and self.rotation.in_values else key_states
+
+    def _take(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Store the states of new tokens, and count these."""
+        rows = self.rows
+        before, rows.changing = rows.changing, True
+        self._write(key_states, value_states)
+        self.seen += key_states.shape[2]
+        rows.changing = before
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put the states of new tokens into their slots, over those of the tokens they evict."""
@@ -815,8 +1033,7 @@ class SinkLayer(CacheLayerMixin):
             self._recorded = None
             if key_states.shape[2] == 0:  # all taken back
                 return
-            self._write(key_states, value_states)
-            self.seen += key_states.shape[2]
+            self._take(key_states, value_states)
 
     def length_after_crop(self, tokens_to_remove: int) -> int:
         """How many tokens will have been seen after `crop(tokens_to_remove)`.
@@ -891,10 +1108,7 @@ class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         super()._map_batch(function)
-        for states in (self.conv_states, self.recurrent_states):
-            for i, state in states.items():
-                if state is not None:
-                    states[i] = function(state)
+        _map_linear(self, function)
 
 
 class IndexedSinkLayer(SinkLayer):
@@ -960,6 +1174,62 @@ class IndexedSinkLayer(SinkLayer):
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         self.indexer._map_batch(function)
         super()._map_batch(function)
+
+
+def _map_linear(layer: Any, function: Callable[[Tensor], Tensor]) -> None:
+    for states in (layer.conv_states, layer.recurrent_states):
+        for i, state in states.items():
+            if state is not None:
+                states[i] = function(state)
+
+
+def _state_of(layer: Any) -> dict[str, Any]:
+    """All that a layer of a cache holds, of whatever kind it is."""
+    if isinstance(layer, SinkLayer):
+        layer.num_seen  # noqa: B018  # counts what compiled steps have taken
+    state: dict[str, Any] = {"kind": type(layer).__name__}
+    for name, value in vars(layer).items():
+        if name not in _DERIVED:
+            state[name] = _state_of(value) if isinstance(value, SinkLayer) else value
+    return state
+
+
+def _restore(layer: Any, state: dict[str, Any], device: str | torch.device | None) -> None:
+    """Give a new layer what `_state_of` found in another one; a `device` takes the place of those it was on."""
+
+    def here(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device(device or value)
+        if isinstance(value, Tensor):
+            return value.to(device or state.get("device") or "cpu")
+        if isinstance(value, list | tuple):
+            return type(value)(here(each) for each in value)
+        return {key: here(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+    for name, value in state.items():
+        if isinstance(getattr(layer, name, None), SinkLayer):
+            _restore(getattr(layer, name), value, device)
+        elif name != "kind":
+            try:
+                setattr(layer, name, here(value))
+            except (RuntimeError, AssertionError) as error:  # by which torch says that there is no such device
+                raise ValueError(
+                    f"`device` must be at hand, got {device!r} for states that were on {state['device']}: {error}"
+                ) from error
+
+
+def _turn_alike(rotation: Rotation | None, other: Rotation | None) -> bool:
+    """Whether two rotations are the same, but for what frequencies differ by from one machine to another."""
+    if rotation is None or other is None or repr(rotation) != repr(other):
+        return rotation is other
+    return torch.allclose(rotation.inv_freq.cpu(), other.inv_freq, rtol=1e-5, atol=0)
+
+
+def _refuses_crop_at(layer: Any) -> float:
+    """From how many tokens on a layer may refuse a crop."""
+    if isinstance(layer, LinearAttentionLayer):
+        return 0
+    return torch.inf if isinstance(layer, SinkLayer) else getattr(layer, "sliding_window", 0)
 
 
 def _becomes_ring(layer: Any, layer_idx: int, config: PreTrainedConfig, window_length: int) -> bool:

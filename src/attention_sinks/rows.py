@@ -1,6 +1,7 @@
 """Where the tokens of each row of a batch lie and how far they are turned, computed once a step for all layers."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -48,6 +49,8 @@ class Rows:
         # Whether `update` returns what lets every query of a chunk see exactly its own window.
         self.windowed = False
         self._computed: dict[Any, Any] = {}
+        # Whether states are being changed, or were when something interrupted it, so that they cannot be relied on.
+        self.changing = False
         # What follows is about compiled steps. They cannot read numbers of Python, which change at every step, without
         # being compiled anew, but flags they can.
         self.all_sinks_born = False
@@ -90,6 +93,17 @@ class Rows:
             for tensor in tensors:
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
+    @contextlib.contextmanager
+    def changes(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Inside, states are changed; an exception leaves them in doubt, unless it is one by which they refuse."""
+        before, self.changing = self.changing, True
+        try:
+            yield
+        except refusals:
+            self.changing = before
+            raise
+        self.changing = before
+
     def settle(self) -> None:
         """Let Python know how many tokens compiled steps have taken; waits for the device."""
         self.stale = False
@@ -100,9 +114,15 @@ class Rows:
                 ring.seen += behind
             group.forget_sinks()
 
+    def set_base(self, base: int) -> None:
+        """Count positions from where they were when `base` tokens had been evicted."""
+        self.base = base
+        for group in self._groups.values():
+            group.base.fill_(base)
+
     def forget(self, shift: int) -> None:
         """Count no more the first `shift` columns, of which nothing but sinks is left; positions begin anew."""
-        self.base = 0
+        self.set_base(0)
         self._computed.clear()
         if self.pads is not None:
             self._set_pads((self.pads - shift).clamp(min=0))
@@ -127,14 +147,11 @@ class Rows:
 
         Cosine and sine, `[2, rotary_dim / 2]`, or `[2, batch_size, 1, 1, rotary_dim / 2]` of a padded batch.
         """
-        return self._phase(("phase", shift), rotation, states, lambda on: self.turns(shift, self.pads_on(on)))
 
-    def turns(self, shift: int | Tensor, pads: Tensor | None) -> int | Tensor:
-        """By how many positions states act further on, for all rows or `[batch_size, 1, 1, 1]`."""
-        if pads is None:
-            return shift - self.base
-        evicted: Tensor = (shift - pads).clamp(min=0) - (self.base - pads).clamp(min=0)
-        return evicted[:, None, None, None]
+        def compute(device: torch.device) -> Any:
+            return turns(shift, self.base, self.pads_on(device))
+
+        return self._phase(("phase", shift), rotation, states, compute)
 
     def windowed_phase(self, rotation: Rotation, seen: int, query_length: int, states: Tensor) -> Tensor:
         """The same for the window of every query, `[2, batch_size or 1, 1, query_length, 1, rotary_dim / 2]`."""
@@ -296,7 +313,9 @@ class Group:
         self._rotation = None if rotation is None or no_sinks else rotation.to(_where_float64(device))
         # How many tokens were seen. Compiled steps count here, all others in Python, and bring it up to date.
         self.count = torch.zeros((), dtype=torch.long, device=device)
-        rows.fix_address(self.count)
+        # The same as that of the rows, where compiled steps need not be compiled anew for another one.
+        self.base = torch.full((), rows.base, dtype=torch.long, device=device)
+        rows.fix_address(self.count, self.base)
         if self._rotation is not None:
             rows.fix_address(self._rotation.inv_freq)
         # How many tokens had been seen before the last step, if that is all that happened since.
@@ -318,15 +337,16 @@ class Group:
             self.count.add_(1)
             rows.stale, rows.eager_tokens = True, 0
             shift: Any = (self.count - rows.window_length).clamp(min=0)
+            base: Any = self.base
         else:
             self.count.fill_(seen + 1)
             self.begun = seen
             self._slot = self._slot.fill_(rows.slot(seen)) if rows.pads is None else rows.new_slots(seen, self._device)
-            shift = max(seen + 1 - rows.window_length, 0)
+            shift, base = max(seen + 1 - rows.window_length, 0), rows.base
         if rotation is None:
             return
-        turns = rows.turns(shift, rows.pads_on(rotation.inv_freq.device))
-        phase = rotation.phase(turns, self.rings[0].sinks.dtype).to(self._device)
+        pads = rows.pads_on(rotation.inv_freq.device)
+        phase = rotation.phase(turns(shift, base, pads), self.rings[0].sinks.dtype).to(self._device)
         if compiling:
             slots = [ring.turning(ring.keys, ring.values) for ring in self.rings]
             turned = [rotation.turned_by(phase, ring.sinks).to(ring.keys.dtype) for ring in self.rings]
@@ -356,6 +376,17 @@ class Group:
 
 def _where_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+
+
+def turns(shift: Any, base: Any, pads: Tensor | None) -> Any:
+    """By how many positions states act further on after `shift` evictions, counted from `base`.
+
+    For all rows, or `[batch_size, 1, 1, 1]` of a padded batch.
+    """
+    if pads is None:
+        return shift - base
+    evicted: Tensor = (shift - pads).clamp(min=0) - (base - pads).clamp(min=0)
+    return evicted[:, None, None, None]
 
 
 def spread(index: Tensor, states: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """`SinkSession`: one conversation, or one text, without end, in memory that does not grow."""
 
 import contextlib
+import hashlib
+import json
+import os
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from . import files
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .generate import Settings, check_arguments, last_logits_only, sink_generate, sink_prefill
 
@@ -69,11 +73,7 @@ class SinkSession:
         system: str | None = None,
         keep_system_prompt: bool = True,
     ) -> None:
-        self.model: Any = model
-        self.tokenizer = tokenizer
-        self.system = system
-        self._running: weakref.ref[Generator[Any]] | None = None
-        self._start()
+        self._open_on(model, tokenizer, system)
         if system is not None:
             _check_text("system", system)
             if keep_system_prompt:
@@ -86,6 +86,13 @@ class SinkSession:
                         "window, or let it be forgotten with keep_system_prompt=False."
                     )
         self.cache = SinkCache(model.config, window_length, num_sink_tokens)
+
+    def _open_on(self, model: PreTrainedModel, tokenizer: Any, system: str | None) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.system = system
+        self._running: weakref.ref[Generator[Any]] | None = None
+        self._start()
 
     def _start(self) -> None:
         self._ids: list[int] = []  # of the tokens the cache counts, and of those it has yet to read, at least one
@@ -108,6 +115,64 @@ class SinkSession:
         self._end_running()
         self.cache.reset()
         self._start()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the stream to a safetensors file, from which `load` resumes it: what follows is bitwise the same.
+
+        An old file of that name is replaced at once and by a whole one only, even if the process is killed meanwhile.
+        An answer that is being given ends here.
+
+        Raises:
+            RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume.
+            OSError: if the file cannot be written.
+        """
+        self._end_running()
+        state = {
+            "model": _fingerprint(self.model),
+            "tokenizer": _vocabulary(self.tokenizer),
+            "system": self.system,
+            "ids": torch.tensor(self._ids, dtype=torch.long),
+            "forgotten": self._forgotten,
+            "open": self._open,
+            "ended": self._ended,
+            "cache": self.cache.state(),
+        }
+        files.write(path, "session", state)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: Any) -> Self:
+        """The session that `save` wrote, to go on where it was.
+
+        Args:
+            path: of the file.
+            model: the model of the session, with the same weights.
+            tokenizer: its tokenizer, with the same vocabulary.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, damaged, of another program or a newer version, or if the stream
+                belongs to another model or tokenizer.
+
+        Example:
+            >>> session.save("chat.safetensors")
+            >>> session = SinkSession.load("chat.safetensors", model, tokenizer)
+        """
+        state = files.read(path, "session")
+        # On several devices each layer goes where it was, otherwise to where the model is.
+        device = None if len({*getattr(model, "hf_device_map", {}).values()}) > 1 else model.device
+        cache = SinkCache.from_state(state["cache"], model.config, device)
+        for name, ours in (("model", _fingerprint(model)), ("tokenizer", _vocabulary(tokenizer))):
+            if state[name] != ours:
+                what = "the weights" if name == "model" else "the vocabulary"
+                raise ValueError(
+                    f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same."
+                )
+        session = cls.__new__(cls)
+        session._open_on(model, tokenizer, state["system"])
+        session.cache = cache
+        session._ids = state["ids"].tolist()
+        session._forgotten, session._open, session._ended = state["forgotten"], state["open"], state["ended"]
+        return session
 
     def feed(self, text: str) -> int:
         """Read a text of any length, each token with exactly its own window; returns its number of tokens.
@@ -473,6 +538,22 @@ class _Criteria(StoppingCriteria):
             done |= self._criteria(input_ids, scores, **kwargs)
         self.met = bool(done.all())
         return done
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """What tells one set of weights from another: the beginning of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(json.dumps([name, weight.shape, str(weight.dtype)]).encode())
+        if weight.device.type != "meta" and weight.numel() > 0:  # one that is offloaded is not at hand
+            start = weight.detach()[(0,) * (weight.ndim - 1)].reshape(-1)[:64]
+            digest.update(start.cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """What tells one vocabulary from another."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _check_text(name: str, text: object) -> None:
