@@ -1,0 +1,28 @@
+"""Share a model between processes. Each computes some of its heads, and its cache holds those alone:
+
+    torchrun --standalone --nproc-per-node 3 examples/tensor_parallel.py
+
+The processes must divide the key-value heads, and SmolLM2-135M has three.
+"""
+
+import os
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
+
+from attention_sinks import sink_generate
+from attention_sinks.load import source_of
+
+name, options = source_of(sys.argv[1] if sys.argv[1:] else None)  # a name, or a folder; or SmolLM2-135M
+tokenizer = AutoTokenizer.from_pretrained(name, **options)
+model = AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(tp_plan="auto"), **options)
+inputs = tokenizer("Once upon a time there was a lighthouse keeper who", return_tensors="pt").to(model.device)
+output = sink_generate(
+    model, **inputs, window_length=32, max_new_tokens=60, do_sample=False, return_dict_in_generate=True
+)
+if os.environ.get("RANK", "0") == "0":
+    cache = output.past_key_values
+    print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    heads = f"{cache.layers[0].keys.shape[1]} of the {model.config.num_key_value_heads} heads"
+    print(f"{cache.get_seq_length()} tokens seen, {cache.kept_length} kept, with {heads}")

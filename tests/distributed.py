@@ -1,0 +1,120 @@
+"""Streams through a model in one process, or in several that share its heads:
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed TARGET FOLDER...
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from attention_sinks import SinkCache, sink_generate, sink_prefill
+
+from .models import random_ids
+
+W, S = 16, 4
+PLAIN: dict[str, Any] = {
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+# Early transformers 5 is told so by `tp_plan` itself.
+SHARED: dict[str, Any] = (
+    {"distributed_config": DistributedConfig(tp_plan="auto")}
+    if hasattr(DistributedConfig, "tp_plan")
+    else {"tp_plan": "auto"}
+)
+
+
+def prompt(model: Any, length: int) -> Tensor:
+    """Random tokens `[1, length]`, none of which is that of padding, where the model begins."""
+    return random_ids(length, seed=length).clamp(min=1).to(model.device)
+
+
+def padded(model: Any, *lengths: int) -> tuple[Tensor, Tensor]:
+    """Rows of these lengths, padded on the left, with their mask."""
+    rows = [torch.nn.functional.pad(prompt(model, length), (max(lengths) - length, 0)) for length in lengths]
+    ids = torch.cat(rows)
+    return ids, (ids != 0).long()
+
+
+def generated(output: Any) -> dict[str, Tensor]:
+    return {"ids": output.sequences, "logits": torch.stack(output.logits, dim=1), **held(output.past_key_values)}
+
+
+def held(cache: Any) -> dict[str, Tensor]:
+    """What all layers hold, `[layers, batch_size, heads, W, head_dim]`."""
+    return {
+        "keys": torch.stack([layer.keys.cpu() for layer in cache.layers]),
+        "values": torch.stack([layer.values.cpu() for layer in cache.layers]),
+    }
+
+
+def by_hand(model: Any) -> dict[str, Tensor]:
+    """A prompt, single tokens across the edge of the window, a chunk, and single tokens again."""
+    cache = SinkCache(model.config, W, S)
+    chunks = prompt(model, 60).split([7, *[1] * 20, 9, *[1] * 24], dim=1)
+    logits = torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
+    return {"logits": logits, **held(cache)}
+
+
+def by_generate(model: Any) -> dict[str, Tensor]:
+    return generated(
+        model.generate(prompt(model, 20), past_key_values=SinkCache(model.config, W, S), max_new_tokens=30, **PLAIN)
+    )
+
+
+def by_sink_generate(model: Any) -> dict[str, Tensor]:
+    return generated(
+        sink_generate(model, prompt(model, 20), window_length=W, num_sink_tokens=S, max_new_tokens=30, **PLAIN)
+    )
+
+
+def by_beams(model: Any) -> dict[str, Tensor]:
+    output: Any = sink_generate(
+        model, prompt(model, 10), window_length=W, num_sink_tokens=S, num_beams=3, max_new_tokens=20, **PLAIN
+    )
+    return {"ids": output.sequences}
+
+
+def by_padded_rows(model: Any) -> dict[str, Tensor]:
+    ids, mask = padded(model, 5, 14, 30)
+    return generated(
+        sink_generate(model, ids, attention_mask=mask, window_length=W, num_sink_tokens=S, max_new_tokens=30, **PLAIN)
+    )
+
+
+def by_windowed_chunks(model: Any) -> dict[str, Tensor]:
+    ids, mask = padded(model, 9, 50)
+    cache = SinkCache(model.config, W, S, attention_mask=mask)
+    outputs: list[Any] = list(sink_prefill(model, ids, cache, 11))
+    logits = torch.cat([output.logits for output in outputs], dim=1)
+    # Of pads nothing is promised.
+    return {"logits": torch.where(mask[..., None] == 1, logits, 0), **held(cache)}
+
+
+STREAMS = {
+    stream.__name__: stream
+    for stream in (by_hand, by_generate, by_sink_generate, by_beams, by_padded_rows, by_windowed_chunks)
+}
+
+
+@torch.no_grad()
+def streams(folder: str, **options: Any) -> dict[str, dict[str, Tensor]]:
+    """By the name of a stream, what came of it through the model in a folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return {name: stream(model) for name, stream in STREAMS.items()}
+
+
+if __name__ == "__main__":
+    target, *folders = sys.argv[1:]
+    results = {folder: streams(folder, **SHARED) for folder in folders}
+    torch.save(results, Path(target) / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
