@@ -29,7 +29,7 @@ LATER = {"falcon_h1", "qwen3_next", "deepseek_v32"} if hasattr(transformers, "De
 
 
 def model_of(name: str) -> Any:
-    sizes = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 4}
+    sizes = {**SIZES, "num_hidden_layers": 3 if name == "qwen3_next" else 2, "num_key_value_heads": 4}
     match name:
         case "sliding beside full":
             kinds = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -27,6 +27,8 @@ PLAIN: dict[str, Any] = {
     "output_scores": True,
     "return_dict_in_generate": True,
 }
+# Prompt lookup of early transformers 5 may add a token to `max_new_tokens`, whatever the cache.
+EARLY = not hasattr(Cache, "get_max_length")
 CONTINUED = {name: value for name, value in PLAIN.items() if name not in ("window_length", "num_sink_tokens")}
 # Prompt lengths of the rows, and new tokens.
 PROMPTS = {
@@ -254,8 +256,10 @@ def test_candidates_in_a_second_turn_are_those_of_greedy_decoding(chunk_size: in
             )
             if not helper:
                 expected = more.sequences
-        assert torch.equal(more.sequences, expected)
-        assert cache.get_seq_length() == expected.shape[1] - 1
+        more_than_asked = more.sequences.shape[1] - expected.shape[1]
+        assert more_than_asked == 0 or (EARLY and more_than_asked == 1)
+        assert torch.equal(more.sequences[:, : expected.shape[1]], expected)
+        assert cache.get_seq_length() == more.sequences.shape[1] - 1
 
 
 def test_embeddings_instead_of_tokens() -> None:
@@ -628,6 +632,24 @@ def test_streams_through_one_model_from_several_threads_do_not_meet(architecture
             for output, alone in zip(pool.map(written, prompts), expected, strict=True):
                 assert torch.equal(output, alone)
     assert "prepare_inputs_for_generation" not in vars(model)
+
+
+def test_caches_of_several_threads_on_one_model_do_not_disturb_each_other() -> None:
+    """Token by token, in chunks with a window for each token, and by `generate`, all at the same time."""
+    model = tiny_model("llama", num_hidden_layers=2)
+
+    def streamed(seed: int) -> Tensor:
+        with torch.no_grad():
+            ids = random_ids(150, seed=seed)
+            logits = [by_token(model, ids), prefilled(model, ids, SinkCache(model.config, W, S), 7)]
+            output: Any = sink_generate(model, ids[:, :20], max_new_tokens=50, **PLAIN)
+            return torch.cat([*logits, torch.stack(output.logits, dim=1)], dim=1)
+
+    seeds = list(range(4))
+    expected = [streamed(seed) for seed in seeds]
+    with ThreadPoolExecutor(4) as pool:
+        for output, alone in zip(pool.map(streamed, seeds), expected, strict=True):
+            assert torch.equal(output, alone)
 
 
 @pytest.mark.parametrize("steps", [3, 20, 40])

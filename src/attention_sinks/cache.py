@@ -6,9 +6,11 @@ pristine copy. Knows no model.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
 
@@ -46,6 +48,9 @@ _OF_NO_MATTER = (
     r"^_|_token_id$|dtype|version|use_cache|architectures|label|dropout|initializer|^output_|return_dict|problem_type|"
     r"^is_|tokenizer|auto_map|quantization|chunk_size_feed_forward|pretraining_tp|implementation"
 )
+
+# From here on float32 angles are off by so much that logits change by a hundredth of their scale (docs/reliability.md).
+_COARSE_POSITION = 2**20
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
@@ -174,9 +179,9 @@ class SinkCache(Cache):
         self.position_limit = positions.limit
         self._rebasable = positions.rebasable
         self._followers = frozenset(ring_layers[1:])
-        self._counting = [layers[i] for i in reached if isinstance(layers[i], CacheLayerMixin)]
+        self._reached = [layers[i] for i in reached]
         self._last_layer = reached[-1]
-        self._await_pass()
+        self._begin_stream()
         # `generate` puts all pads at position 0, so that their states are equal; where states rotate, no others are.
         self._padding_guard = next((i for i, rotation in positions.rotations.items() if rotation is not None), None)
 
@@ -213,39 +218,43 @@ class SinkCache(Cache):
                 reaches the end of the positions, or if the first prompt is left-padded. Nothing is changed then.
             RuntimeError: if an earlier forward pass, or a change of the cache, was interrupted half-way.
         """
-        layer, compiling = self.layers[layer_idx], torch.compiler.is_compiling()
-        if not compiling:
-            self._check_pass(layer_idx, "update")
+        layer = self.layers[layer_idx]
         # What concerns a whole step is checked before its first ring, and not again.
         if key_states.shape[2] != 1 or layer_idx not in self._followers or not layer.is_initialized:
             self._check_update(key_states, value_states, layer_idx)
-        # A ring says itself when it changes.
-        with contextlib.nullcontext() if compiling or isinstance(layer, SinkLayer) else self.rows.changes():
-            returned: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        if not compiling:
-            self._note(layer_idx, "update")
-            if layer is self._last_ring:
-                self.rows.eager_tokens = self.rows.eager_tokens + 1 if key_states.shape[2] == 1 else 0
+        change = functools.partial(layer.update, key_states, value_states, *args, **kwargs)
+        returned: tuple[Tensor, Tensor] = self._in_pass(("update", layer_idx, 0), change)
+        if layer is self._last_ring and not torch.compiler.is_compiling():
+            self.rows.eager_tokens = self.rows.eager_tokens + 1 if key_states.shape[2] == 1 else 0
         return returned
 
     # A forward pass comes by the layers in their order. It ends without a word, and so does one that an exception ends
     # half-way: that shows at the next one, which begins again before the last layer was reached.
 
-    def _await_pass(self) -> None:
+    def _begin_stream(self) -> None:
         self._layer_reached = self._last_layer
-        self._parts_done: set[str] = set()
+        self._done: set[tuple[str, int, int]] = set()
+        self._warned = False
 
-    def _check_pass(self, layer_idx: int, part: str) -> None:
-        """Refuse to begin a forward pass after one that was not ended."""
-        reached = self._layer_reached
-        if layer_idx < reached or (layer_idx == reached and part in self._parts_done) or self.rows.changing:
+    def _in_pass(self, part: tuple[str, int, int], change: Callable[[], _T]) -> _T:
+        """Make a change of a layer, unless it begins a pass after one that did not end."""
+        if torch.compiler.is_compiling():
+            return change()
+        layer_idx = part[1]
+        if layer_idx < self._layer_reached or part in self._done or self.rows.changing:
             self._check_whole()
-
-    def _note(self, layer_idx: int, part: str) -> None:
-        if layer_idx != self._layer_reached:
-            self._layer_reached = layer_idx
-            self._parts_done.clear()
-        self._parts_done.add(part)
+            self._done.clear()
+        # `changes`, in a form that a step can afford.
+        self.rows.changing = True
+        try:
+            changed = change()
+        except ValueError:
+            self.rows.changing = False
+            raise
+        self._layer_reached = layer_idx
+        self._done.add(part)
+        self.rows.changing = False
+        return changed
 
     def _check_whole(self) -> None:
         """Raise if a forward pass, or a change, was interrupted, so that layers do not belong together any more."""
@@ -253,11 +262,25 @@ class SinkCache(Cache):
             what = "while the states of a layer were changed"
         elif self._layer_reached != self._last_layer:
             what = f"between layer {self._layer_reached} and layer {self._last_layer}"
-        elif len(seen := {layer.get_seq_length() for layer in self._counting}) > 1:
+        elif self._lacks_recurrent_state():
+            what = f"in layer {self._last_layer}"
+        elif len(seen := {layer.get_seq_length() for layer in self._counting()}) > 1:
             what = f"between two layers: they have seen {' and '.join(map(str, sorted(seen)))} tokens"
         else:
             return
         raise RuntimeError(f"A forward pass was interrupted {what}. Start a new stream with `reset()`.")
+
+    def _lacks_recurrent_state(self) -> bool:
+        """Whether the last layer, if it is one with linear attention, did not store its state as others did."""
+        stored = {layer_idx for name, layer_idx, _ in self._done if name == "update_recurrent_state"}
+        return bool(stored) and isinstance(self._reached[-1], LinearAttentionLayer) and self._last_layer not in stored
+
+    def _counting(self) -> Iterator[CacheLayerMixin]:
+        for layer in self._reached:
+            if isinstance(layer, CacheLayerMixin):
+                yield layer
+            if isinstance(layer, IndexedSinkLayer) and layer.indexer.is_initialized:  # some share that of another
+                yield layer.indexer
 
     @contextlib.contextmanager
     def _changing(self, *refusals: type[Exception]) -> Iterator[None]:
@@ -266,32 +289,25 @@ class SinkCache(Cache):
         with self.rows.changes(*refusals):
             yield
 
-    def _in_pass(self, layer_idx: int, part: str, change: Callable[[], _T]) -> _T:
-        if torch.compiler.is_compiling():
-            return change()
-        self._check_pass(layer_idx, part)
-        with self.rows.changes():
-            changed = change()
-        self._note(layer_idx, part)
-        return changed
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        change = functools.partial(super().update_indexer, indexer_key_states, layer_idx)
+        return self._in_pass(("update_indexer", layer_idx, 0), change)
 
     # Linear attention and convolutions count no tokens. A model changes what `get_conv_state` gives in place.
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        get = super().get_conv_state
-        return self._in_pass(layer_idx, f"get_conv_state {state_idx}", lambda: get(layer_idx, state_idx))
+        change = functools.partial(super().get_conv_state, layer_idx, state_idx)
+        return self._in_pass(("get_conv_state", layer_idx, state_idx), change)
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        update = super().update_conv_state
-        part = f"update_conv_state {state_idx}"
-        return self._in_pass(layer_idx, part, lambda: update(conv_states, layer_idx, state_idx, **kwargs))
+        change = functools.partial(super().update_conv_state, conv_states, layer_idx, state_idx, **kwargs)
+        return self._in_pass(("update_conv_state", layer_idx, state_idx), change)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        update = super().update_recurrent_state
-        part = f"update_recurrent_state {state_idx}"
-        return self._in_pass(layer_idx, part, lambda: update(recurrent_states, layer_idx, state_idx, **kwargs))
+        change = functools.partial(super().update_recurrent_state, recurrent_states, layer_idx, state_idx, **kwargs)
+        return self._in_pass(("update_recurrent_state", layer_idx, state_idx), change)
 
     def _check_update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> None:
         layer, ring, batch_size = self.layers[layer_idx], self._first_ring, key_states.shape[0]
@@ -303,7 +319,7 @@ class SinkCache(Cache):
                     f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
                     f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
                 )
-        if self.rows.base > 0 and not self.rows.lowered:
+        if not self.rows.lowered and self.rows.base > 0:  # a compiled model must not look at a number that changes
             raise ValueError(
                 f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
                 "back. Continue it with `sink_generate` or `sink_prefill`."
@@ -358,6 +374,14 @@ class SinkCache(Cache):
                 f"changes its behaviour at position {self.position_limit}. Call `sink_generate`, which winds positions "
                 "back where the model allows it, or start a new stream with `reset()`."
             )
+        if self.position_limit - left >= _COARSE_POSITION and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The stream is at position {self.position_limit - left}: models compute angles in float32, and there "
+                "their roundings begin to show in the logits. Call `sink_generate`, which winds positions back, or, in "
+                "a loop of your own, now and then `compact()`.",
+                stacklevel=2,
+            )
 
     def announce_padding(self, attention_mask: Tensor) -> None:
         """Tell an empty cache of the padding of the first prompt, `[batch_size, prompt_length]`.
@@ -374,8 +398,9 @@ class SinkCache(Cache):
     @contextlib.contextmanager
     def lowers_positions(self) -> Iterator[None]:
         """Inside, the model is given positions that are `position_offsets` lower."""
-        before, self.rows.lowered = self.rows.lowered, True
+        before = self.rows.lowered
         try:
+            self.rows.lowered = True
             yield
         finally:
             self.rows.lowered = before
@@ -383,8 +408,8 @@ class SinkCache(Cache):
     @contextlib.contextmanager
     def windows(self, windowed: bool) -> Iterator[None]:
         """Whether the update inside returns what lets every query of a chunk see exactly its own window."""
-        self.rows.windowed = windowed
         try:
+            self.rows.windowed = windowed
             yield
         finally:
             self.rows.windowed = False
@@ -402,13 +427,14 @@ class SinkCache(Cache):
 
     def deactivate_past_recording(self) -> None:
         """End what `activate_past_recording` began: updates are stored at once again."""
-        for layer in self.layers:
-            if isinstance(layer, SinkLayer):
-                layer.deactivate_past_recording()
-            if getattr(layer, "record_past", False):
-                if self.get_seq_length() > 0:
-                    layer.crop(0)  # cuts what it recorded
-                layer.record_past = False
+        with self._changing():
+            for layer in self.layers:
+                if isinstance(layer, SinkLayer):
+                    layer.deactivate_past_recording()
+                if getattr(layer, "record_past", False):
+                    if self.get_seq_length() > 0:
+                        layer.crop(0)  # cuts what it recorded
+                    layer.record_past = False
 
     @property
     def ends(self) -> bool:
@@ -618,7 +644,7 @@ class SinkCache(Cache):
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
         self.rows.restart(None)
-        self._await_pass()
+        self._begin_stream()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows in the place of others: row `i` becomes a copy of row `beam_idx[i]`."""
@@ -829,8 +855,7 @@ class SinkLayer(CacheLayerMixin):
                 self._check_like_first(key_states, value_states)
             return self._step(key_states, value_states)
         if not self.is_initialized:
-            with self.rows.changes():
-                self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
         self._check_like_first(key_states, value_states)
         self._store_recorded()
         if self.rows.windowed:
@@ -856,7 +881,6 @@ class SinkLayer(CacheLayerMixin):
         What depends on the number of tokens is in tensors, so that a compiled model is compiled once.
         """
         group, rows = self.group, self.rows
-        rows.changing = True
         if self.place == 0:
             group.begin(self._seen)
         slot = group.slot()
@@ -874,7 +898,6 @@ class SinkLayer(CacheLayerMixin):
         put(self.values, slot, value_states)
         if not torch.compiler.is_compiling():
             self._seen += 1
-        rows.changing = False
         return keys, values
 
     def _joined(self, slots: Tensor, states: Tensor, shift: int) -> Tensor:
@@ -975,11 +998,8 @@ class SinkLayer(CacheLayerMixin):
 
     def _take(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store the states of new tokens, and count these."""
-        rows = self.rows
-        before, rows.changing = rows.changing, True
         self._write(key_states, value_states)
         self.seen += key_states.shape[2]
-        rows.changing = before
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put the states of new tokens into their slots, over those of the tokens they evict."""
@@ -1124,15 +1144,6 @@ class IndexedSinkLayer(SinkLayer):
         self.indexer = SinkLayer(rows, indexer_rotation, in_order)
         self._position_shape: torch.Size | None = None
         super().__init__(rows, rotation, in_order)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        seen, indexed = self.get_seq_length(), self.indexer.get_seq_length()
-        if self.indexer.is_initialized and indexed not in (seen, seen + key_states.shape[2]):
-            raise RuntimeError(
-                f"A forward pass was interrupted: a layer has seen {seen} tokens and its indexer {indexed}. Start a "
-                "new stream with `reset()`."
-            )
-        return super().update(key_states, value_states, *args, **kwargs)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Store the indexer's keys `[batch_size, query_length, index_head_dim]`; returns those of all kept tokens."""

@@ -19,6 +19,9 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 
 # Wider chunks are somewhat faster (docs/benchmarks.md), and take memory for sinks that are repeated for every token.
 DEFAULT_CHUNK_SIZE = 64
+# Models compute angles in float32, which rounds them by up to 2^-24 of themselves: by more and more along a stream.
+# At this position it changes the logits of SmolLM2-135M by 2e-4 of their scale, at 2^20 by 8e-3 (docs/reliability.md).
+_ACCURATE_POSITIONS = 2**15
 _NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
@@ -102,10 +105,12 @@ def sink_generate(
 
     absent = None
     if input_ids is not None and not embedded:
-        attention_mask = _whole_mask(cache, input_ids, attention_mask)
+        absent, attention_mask = _unread(cache, input_ids, attention_mask)
         generate_kwargs["attention_mask"] = attention_mask
-        absent = attention_mask.shape[1] - input_ids.shape[1]
-        fresh = attention_mask.shape[1] - cache.get_seq_length()
+        fresh = absent + input_ids.shape[1] - cache.get_seq_length()
+        if attention_mask.shape[1] < absent + input_ids.shape[1] and _takes_positions(model):
+            generate_kwargs.setdefault("position_ids", _positions(cache, absent, input_ids))
+        _wind_back(cache, fresh)
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
         chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
         if chunk_size is None and fresh > min(longest, cache.positions_left()):
@@ -188,7 +193,6 @@ def _read(
     if cache.can_rebase:
         # Once positions are wound back, the window and a chunk must fit below their end.
         chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     pads = cache.rows.pads
     if pads is not None and any(hasattr(layer, "conv_states") for layer in cache.layers):
         raise NotImplementedError(
@@ -206,13 +210,10 @@ def _read(
         mask = None
         if windowed:
             mask = _windowed_mask(model, cache, seen, chunk)
-        elif pads is not None:
-            mask = _mask_of(cache, seen + query_length, chunk)
-        if takes_positions:
-            positions = torch.arange(seen, seen + query_length, device=chunk.device)[None]
-            if pads is not None:
-                positions = (positions - pads.to(chunk.device)[:, None]).clamp(min=0)
-            model_kwargs = {**model_kwargs, "position_ids": _lowered(cache, positions)}
+        elif cache.rows.pads_held(seen):
+            mask = _mask_of(cache, 0, chunk.new_empty(chunk.shape[0], seen + query_length))
+        if _takes_positions(model):
+            model_kwargs = {**model_kwargs, "position_ids": _lowered(cache, _positions(cache, seen, chunk))}
         with cache.lowers_positions(), cache.windows(windowed):
             output = model(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True, **model_kwargs)
         yield output
@@ -256,9 +257,18 @@ def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def _wind_back(cache: SinkCache, query_length: int) -> None:
-    """Wind positions back if so many new tokens would come to their end."""
-    if query_length > cache.positions_left() and cache.can_rebase:
+    """Wind positions back if so many new tokens would come to their end, or to where they are less accurate.
+
+    No key more than once in its life, for two windows lie in between.
+    """
+    left = cache.positions_left()
+    accurate = max(_ACCURATE_POSITIONS, 2 * cache.window_length)
+    if cache.can_rebase and (query_length > left or cache.position_limit - left >= accurate):
         cache.rebase()
 
 
@@ -282,10 +292,12 @@ def _prepared_for(model: Any, cache: SinkCache, absent: int | None) -> Iterator[
         if kwargs.get("past_key_values") is not cache:
             return prepare(*args, **kwargs)
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if absent is not None and given[0] is not None and kwargs.get("next_sequence_length") is None:
-            # Where `generate` begins with all that it is given, some may have been read.
+        if absent is not None and given[0] is not None:
+            # `generate` does not know how many tokens it is not given, and begins with some that may have been read.
             unread = given[0].shape[1] + absent - cache.get_seq_length()
             kwargs["next_sequence_length"] = unread if 0 < unread < given[0].shape[1] else None
+            if absent > 0 and not cache.rows.pads_held(cache.get_seq_length()):
+                kwargs["attention_mask"] = None
         longest = max(new.shape[1] for new in given if new is not None)
         _wind_back(cache, kwargs.get("next_sequence_length") or longest)
         model_inputs = prepare(*args, **kwargs)
@@ -394,36 +406,43 @@ def _prompt_of(
     return input_ids, mask
 
 
-def _mask_of(cache: SinkCache, length: int, like: Tensor) -> Tensor:
-    """The mask `[batch_size, length]` of a stream, from what the cache knows of its padding."""
+def _mask_of(cache: SinkCache, start: int, like: Tensor) -> Tensor:
+    """The mask of tokens `[batch_size, length]` from column `start` on, by what the cache knows of its padding."""
     if cache.rows.pads is None:
-        return torch.ones(like.shape[0], length, dtype=torch.long, device=like.device)
-    columns = torch.arange(length, device=like.device)
+        return torch.ones(like.shape, dtype=torch.long, device=like.device)
+    columns = torch.arange(start, start + like.shape[1], device=like.device)
     return (columns >= cache.rows.pads.to(like.device)[:, None]).long()
 
 
-def _whole_mask(cache: SinkCache, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The mask over all that was seen and is new, so that `generate` can tell which part of `input_ids` is new."""
+def _positions(cache: SinkCache, start: int, like: Tensor) -> Tensor:
+    """The positions of tokens `[batch_size, length]` from column `start` on, counted from that of the first token."""
+    positions = torch.arange(start, start + like.shape[1], device=like.device).expand(like.shape)
+    pads = cache.rows.pads
+    return positions if pads is None else (positions - pads.to(like.device)[:, None]).clamp(min=0)
+
+
+def _unread(cache: SinkCache, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[int, Tensor]:
+    """How many tokens the cache has seen that `input_ids` leaves out, and the mask that `generate` needs."""
     seen, length = cache.get_seq_length(), input_ids.shape[1]
     given = length if attention_mask is None else attention_mask.shape[1]
     if seen == 0:
-        return _mask_of(cache, length, input_ids) if attention_mask is None else attention_mask
+        return 0, _mask_of(cache, 0, input_ids) if attention_mask is None else attention_mask
     # As `generate` has it: more tokens than were seen are the whole text, unless the mask says that there are more.
-    if given == length > seen:
-        whole = _mask_of(cache, length, input_ids)
-        if attention_mask is not None and not torch.equal(attention_mask.to(whole), whole):
+    whole = given == length > seen
+    absent = 0 if whole else seen
+    if attention_mask is not None:
+        known = _mask_of(cache, absent + length - given, attention_mask)
+        if given > absent + length or not torch.equal(attention_mask.to(known), known):
             raise ValueError(
                 "`attention_mask` must say of the text so far what it said before: of which tokens are padding, "
                 "nothing can change. Tokens between the turns cannot be masked either."
+                if whole
+                else f"`attention_mask` must be one for each of the {length} new tokens, or cover all {seen + length}, "
+                f"with the padding that the cache knows; got the shape {[*attention_mask.shape]}."
             )
-        return whole
-    whole = _mask_of(cache, seen + length, input_ids)
-    if attention_mask is not None and not torch.equal(attention_mask.to(whole), whole[:, -given:]):
-        raise ValueError(
-            f"`attention_mask` must be one for each of the {length} new tokens, or cover all {seen + length}, with the "
-            f"padding that the cache knows; got the shape {[*attention_mask.shape]}."
-        )
-    return whole
+    if absent > 0 and not cache.rows.pads_held(seen):
+        return absent, torch.ones_like(input_ids)  # of a mask for all that was seen no column would be read
+    return absent, _mask_of(cache, 0, input_ids.new_empty(input_ids.shape[0], absent + length))
 
 
 def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int) -> None:

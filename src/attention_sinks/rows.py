@@ -96,13 +96,13 @@ class Rows:
     @contextlib.contextmanager
     def changes(self, *refusals: type[Exception]) -> Iterator[None]:
         """Inside, states are changed; an exception leaves them in doubt, unless it is one by which they refuse."""
-        before, self.changing = self.changing, True
+        self.changing = True
         try:
             yield
         except refusals:
-            self.changing = before
+            self.changing = False
             raise
-        self.changing = before
+        self.changing = False
 
     def settle(self) -> None:
         """Let Python know how many tokens compiled steps have taken; waits for the device."""
@@ -131,6 +131,10 @@ class Rows:
         if self.pads is not None:
             self.pads = function(self.pads)
             self._computed.clear()
+
+    def pads_held(self, seen: int) -> bool:
+        """Whether some row still has slots without a token of its own, which a mask must hide."""
+        return self.pads is not None and seen - self.window_length < self.most_pads
 
     @property
     def announces_step(self) -> bool:
@@ -180,8 +184,9 @@ class Rows:
         if torch.compiler.is_compiling():  # the compiler sees by itself what layers have in common
             return compute()
         if key not in self._computed:
-            if len(self._computed) > 64:  # those of earlier steps
-                self._computed.clear()
+            if len(self._computed) > 64:  # those of earlier steps; what lies on a device for good stays there
+                for old in [old for old in self._computed if old[0] not in ("rotation", "pads", "sinks")]:
+                    del self._computed[old]
             self._computed[key] = compute()
         computed: _T = self._computed[key]
         return computed

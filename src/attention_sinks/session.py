@@ -158,8 +158,8 @@ class SinkSession:
             >>> session = SinkSession.load("chat.safetensors", model, tokenizer)
         """
         state = files.read(path, "session")
-        # On several devices each layer goes where it was, otherwise to where the model is.
-        device = None if len({*getattr(model, "hf_device_map", {}).values()}) > 1 else model.device
+        # Of a model that accelerate placed each layer goes where it was, otherwise to where the model is.
+        device = None if getattr(model, "hf_device_map", None) else model.device
         cache = SinkCache.from_state(state["cache"], model.config, device)
         for name, ours in (("model", _fingerprint(model)), ("tokenizer", _vocabulary(tokenizer))):
             if state[name] != ours:
@@ -376,7 +376,9 @@ class SinkSession:
             self._forgotten += evicted
 
     def _tensor(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], device=self.model.device)
+        device = self.model.device
+        # Of a model that is offloaded nothing need be on a device; what it is given goes where it is needed.
+        return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
 
     def _check_generate(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
         for name in sorted(generate_kwargs.keys() & _OWN_ARGUMENTS):
