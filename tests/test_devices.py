@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from attention_sinks import SinkCache
+from attention_sinks import SinkCache, SinkSession
 
 from .distributed import SHARED, STREAMS, S, W, prompt, streams
 from .models import build_config, build_model, relative_error
@@ -111,6 +111,22 @@ def test_layers_that_wait_on_the_disk_say_what_they_say_in_memory(
     for stream, results in expected.items():
         for name, result in results.items():
             assert torch.equal(actual[stream][name], result)
+
+
+@pytest.mark.skipif(
+    "tp_plan" in SHARED, reason="early transformers 5 computes nothing of a model that is all on the disk"
+)
+def test_a_session_through_a_model_that_waits_on_the_disk_is_resumed_there(tmp_path: Path) -> None:
+    build_model(build_config("llama", num_hidden_layers=2, vocab_size=259)).save_pretrained(tmp_path / "model")
+    answers = []
+    for options in ({}, {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+        session = SinkSession(model, byte_tokenizer(), window_length=40)
+        answers.append("".join(session.chat("Hello", max_new_tokens=50)))
+        session.save(tmp_path / "session")
+        session = SinkSession.load(tmp_path / "session", model, byte_tokenizer())
+        answers[-1] += "".join(session.chat("And then?", max_new_tokens=50))
+    assert answers[0] == answers[1]
 
 
 class Transfers(TorchDispatchMode):
