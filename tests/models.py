@@ -4,7 +4,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -91,9 +90,6 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "mpt": (MptConfig, {"max_seq_len": 512}),
 }
-
-if transformers.__version__ == "5.4.0":
-    del ARCHITECTURES["olmo2"]  # that version cannot construct its own config beside a current huggingface_hub
 
 
 def build_config(architecture: str, **changes: Any) -> PreTrainedConfig:

@@ -187,6 +187,19 @@ def test_the_end_of_positions_is_seen_in_compiled_generate() -> None:
     assert 0 < cache.rows.base < 65 < cache.get_seq_length() + 1
 
 
+@pytest.mark.parametrize("prompt_length", [3, 40])
+def test_layers_that_are_compiled_one_by_one_are_exact(prompt_length: int) -> None:
+    """Their masks are made outside of what is compiled, and hide no empty slots."""
+    model, eager = build("llama"), build("llama")
+    for layer in model.model.layers:
+        layer.compile(backend=Compiler())
+    cache, other = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
+    for ids in (random_ids(prompt_length), *random_ids(6, seed=1).split(1, dim=1)):
+        expected = eager(ids, past_key_values=other).logits
+        assert relative_error(model(ids, past_key_values=cache).logits, expected) < 1e-5
+    assert cache.get_seq_length() == other.get_seq_length()
+
+
 @pytest.mark.usefixtures("_as_on_cuda")
 def test_positions_that_are_wound_back_are_no_reason_to_compile_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_sinks.generate, "_ACCURATE_POSITIONS", 40)

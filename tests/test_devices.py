@@ -56,7 +56,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         build_model(build_config(name, num_hidden_layers=2, vocab_size=98)).save_pretrained(folder)
     launched([*LAUNCH, "2", "-m", "tests.distributed", str(target), *folders.values()], processes=2)
     processes = [torch.load(target / f"{rank}.pt") for rank in range(2)]
-    return {name: (streams(folder), [results[folder] for results in processes]) for name, folder in folders.items()}
+    found: dict[str, Any] = {
+        name: (streams(folder), [results[folder] for results in processes]) for name, folder in folders.items()
+    }
+    return {**found, "refusals": [results["refusal"] for results in processes]}
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -81,6 +84,11 @@ def test_each_process_holds_its_own_heads_alone(architecture: str, stream: str, 
         whole, parts = alone[stream][states], [process[stream][states] for process in processes]
         assert [part.shape[2] for part in parts] == [whole.shape[2] // 2] * 2
         assert relative_error(torch.cat(parts, dim=2), whole) < 1e-4
+
+
+def test_a_file_with_the_heads_of_another_process_is_refused(shared: Any) -> None:
+    assert "it has the heads of process 1 of 2. Save a file for each process" in shared["refusals"][0]
+    assert shared["refusals"][1] == "", "it is its own"
 
 
 # --- layers on several devices, or in the memory of none

@@ -634,6 +634,47 @@ def test_streams_through_one_model_from_several_threads_do_not_meet(architecture
     assert "prepare_inputs_for_generation" not in vars(model)
 
 
+def test_pads_that_a_chunked_layer_still_holds_stay_hidden() -> None:
+    """A chunk of Llama 4 is longer than the window, whose last pad is gone long before."""
+    config = transformers.Llama4TextConfig(
+        num_hidden_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=97,
+        intermediate_size=32, intermediate_size_mlp=32, attention_chunk_size=256, max_position_embeddings=4096,
+        num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    model = build_model(config)
+    rows, ids, mask = padded([17, 20])
+    new = random_ids(5, batch_size=2, seed=1).clamp(min=1)
+    first: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=4, **PLAIN)
+    batch: Any = sink_generate(model, new, past_key_values=first.past_key_values, max_new_tokens=9, **CONTINUED)
+    alone_first: Any = sink_generate(model, rows[0], max_new_tokens=4, **PLAIN)
+    cache = alone_first.past_key_values
+    alone: Any = sink_generate(model, new[:1], past_key_values=cache, max_new_tokens=9, **CONTINUED)
+    for in_batch, by_itself in zip(batch.logits, alone.logits, strict=True):
+        assert relative_error(in_batch[:1], by_itself) < 1e-4
+
+
+def test_positions_that_are_none_are_those_of_the_stream() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    first: Any = sink_generate(model, random_ids(20), max_new_tokens=4, **PLAIN)
+    copied = copy.deepcopy(first.past_key_values)
+    a: Any = sink_generate(
+        model, random_ids(5), past_key_values=copied, position_ids=None, max_new_tokens=5, **CONTINUED
+    )
+    b: Any = sink_generate(model, random_ids(5), past_key_values=first.past_key_values, max_new_tokens=5, **CONTINUED)
+    assert torch.equal(torch.stack(a.logits), torch.stack(b.logits))
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": -2}, {"misspelt": 1}, {"rows": 3}])
+def test_a_refused_call_winds_nothing_back(wrong: dict[str, Any]) -> None:
+    model = build_model(build_config("gptj", num_hidden_layers=1, max_position_embeddings=64))
+    first: Any = sink_generate(model, random_ids(50).clamp(min=1), max_new_tokens=4, **PLAIN)
+    options = {"max_new_tokens": 5, **CONTINUED, **wrong}
+    ids = random_ids(30, batch_size=options.pop("rows", 1)).clamp(min=1)
+    with pytest.raises(ValueError):  # noqa: PT011  # each in its own words
+        sink_generate(model, ids, past_key_values=first.past_key_values, **options)
+    assert first.past_key_values.rows.base == 0
+
+
 def test_caches_of_several_threads_on_one_model_do_not_disturb_each_other() -> None:
     """Token by token, in chunks with a window for each token, and by `generate`, all at the same time."""
     model = tiny_model("llama", num_hidden_layers=2)

@@ -485,6 +485,38 @@ def test_a_resumed_session_is_bitwise_the_one_that_never_stopped(
     assert torch.equal(*logits)
 
 
+def test_weights_may_lie_in_memory_as_they_like(tmp_path: Path) -> None:
+    model = build_model(build_config("llama", **SIZES))
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    session = SinkSession(model, byte_tokenizer(), 64)
+    session.feed("Once upon a time")
+    session.save(tmp_path / "chat")
+    weight.data = weight.data.contiguous()
+    assert SinkSession.load(tmp_path / "chat", model, byte_tokenizer()).tokens_seen == session.tokens_seen
+
+
+def test_a_session_that_another_thread_reads_is_not_saved(model: Any, tmp_path: Path) -> None:
+    session, refused = SinkSession(model, byte_tokenizer(), 64), []
+
+    def save() -> None:
+        try:
+            session.save(tmp_path / "chat")
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    class Saving(LogitsProcessor):  # while the reader waits for the next piece
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            if not refused:
+                save()
+            return scores
+
+    "".join(session.chat("Hello!", max_new_tokens=5, logits_processor=LogitsProcessorList([Saving()])))
+    assert "another thread" in refused[0]
+    save()
+    assert len(refused) == 1
+
+
 def test_a_session_of_another_model_or_tokenizer_is_refused(model: Any, tmp_path: Path) -> None:
     session, path = SinkSession(model, byte_tokenizer(), 64), tmp_path / "chat"
     "".join(session.chat("Hello!", max_new_tokens=3))

@@ -45,8 +45,9 @@ _FOLLOWED = (CacheLayerMixin, LinearAttentionLayer)
 _DERIVED = {"rows", "rotation", "group", "place", "_single_token"}
 # What differs between configs of one model, or says nothing about its states.
 _OF_NO_MATTER = (
-    r"^_|_token_id$|dtype|version|use_cache|architectures|label|dropout|initializer|^output_|return_dict|problem_type|"
-    r"^is_|tokenizer|auto_map|quantization|chunk_size_feed_forward|pretraining_tp|implementation"
+    r"^_|_token_id$|dtype|version|use_cache|architectures|label|dropout|initializer|aux_loss|return_dict|problem_type|"
+    r"^output_(attentions|hidden_states|router_logits)$|^is_(encoder_)?decoder$|tokenizer|auto_map|quantization|"
+    r"chunk_size_feed_forward|pretraining_tp|implementation"
 )
 
 # From here on float32 angles are off by so much that logits change by a hundredth of their scale (docs/reliability.md).
@@ -160,7 +161,10 @@ class SinkCache(Cache):
         self._masked = positions.masked and not (positions.indexers and positions.in_order)
         self._config = config
         self._model_type = config.model_type
-        self.rows = Rows(window_length, num_sink_tokens, compiles, sliding=self._sliding_window < torch.inf)
+        # Chunked layers keep their class, and tokens for longer than a ring.
+        windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        sliding = self._sliding_window < torch.inf
+        self.rows = Rows(window_length, num_sink_tokens, compiles, sliding, max(window_length, *windows, 1))
         self.rows.restart(self._checked_pads(attention_mask))
         for i in ring_layers:
             ring = self.rows, positions.rotations[i], positions.in_order
@@ -268,7 +272,10 @@ class SinkCache(Cache):
             what = f"between two layers: they have seen {' and '.join(map(str, sorted(seen)))} tokens"
         else:
             return
-        raise RuntimeError(f"A forward pass was interrupted {what}. Start a new stream with `reset()`.")
+        raise RuntimeError(
+            f"A forward pass was interrupted {what}. Start a new stream with `reset()`. (Or one runs now, in another "
+            "thread; or some layers of the model are compiled and others are not: compile all of it.)"
+        )
 
     def _lacks_recurrent_state(self) -> bool:
         """Whether the last layer, if it is one with linear attention, did not store its state as others did."""
@@ -293,9 +300,8 @@ class SinkCache(Cache):
         change = functools.partial(super().update_indexer, indexer_key_states, layer_idx)
         return self._in_pass(("update_indexer", layer_idx, 0), change)
 
-    # Linear attention and convolutions count no tokens. A model changes what `get_conv_state` gives in place.
-
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state of a convolution, which a model changes in place: part of a forward pass, not for a look at it."""
         change = functools.partial(super().get_conv_state, layer_idx, state_idx)
         return self._in_pass(("get_conv_state", layer_idx, state_idx), change)
 
@@ -324,7 +330,7 @@ class SinkCache(Cache):
                 f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
                 "back. Continue it with `sink_generate` or `sink_prefill`."
             )
-        if torch.compiler.is_compiling() and ring.takes_step(key_states.shape[2]):
+        if torch.compiler.is_compiling() and ring.takes_step(key_states.shape[2]) and self.rows.masked_for_step:
             return  # it cannot read how many tokens were seen
         seen = layer.get_seq_length()
         self._check_limit(seen, key_states.shape[2])
@@ -352,7 +358,7 @@ class SinkCache(Cache):
             ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end, or
                 that crosses the last position at which the model behaves as at the start.
         """
-        steps = self._first_ring.announces_step(query_length)
+        steps = self.rows.masked_for_step = self._first_ring.announces_step(query_length)
         if steps and not torch.compiler.is_compiling():
             self.rows.announced += 1
         if not steps or (not torch.compiler.is_compiling() and self.positions_left() < query_length):
@@ -378,8 +384,12 @@ class SinkCache(Cache):
             self._warned = True
             warnings.warn(
                 f"The stream is at position {self.position_limit - left}: models compute angles in float32, and there "
-                "their roundings begin to show in the logits. Call `sink_generate`, which winds positions back, or, in "
-                "a loop of your own, now and then `compact()`.",
+                "their roundings begin to show in the logits. "
+                + (
+                    "Call `sink_generate`, which winds positions back, or, in a loop of your own, `compact()` at times."
+                    if self.can_rebase
+                    else "The positions of this model cannot be wound back; start a new stream with `reset()`."
+                ),
                 stacklevel=2,
             )
 
@@ -507,10 +517,10 @@ class SinkCache(Cache):
         An old file of that name is replaced at once and by a whole one only, even if the process is killed meanwhile.
 
         Args:
-            path: of the file, which is about as large as the cache.
+            path: of the file, about as large as the cache. With tensor parallelism, one for each process.
 
         Raises:
-            RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume.
+            RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume, or runs now.
             OSError: if the file cannot be written.
         """
         files.write(path, "cache", self.state())
@@ -538,9 +548,10 @@ class SinkCache(Cache):
         return cls.from_state(files.read(path, "cache"), config, device)
 
     def state(self) -> dict[str, Any]:
-        """All that the stream is, in plain values and tensors, which are not copied."""
+        """All that the stream is, in plain values and copies of tensors on the CPU."""
         self._check_whole()
-        return {
+        seen = self.get_seq_length()
+        state = {
             "config": json.loads(self._config.to_json_string(use_diff=False)),
             "window_length": self.window_length,
             "num_sink_tokens": self.num_sink_tokens,
@@ -550,7 +561,21 @@ class SinkCache(Cache):
             "base": self.rows.base,
             "eager_tokens": self.rows.eager_tokens,
             "layers": [_state_of(layer) for layer in self.layers],
+            "process": self._process_of_heads(),
         }
+        self._check_whole()
+        if self.get_seq_length() != seen:
+            raise RuntimeError("A forward pass ran while the stream was saved. Save it between two of them.")
+        return state
+
+    def _process_of_heads(self) -> list[int] | None:
+        """Which process of how many this is, if each holds some of the heads (tensor parallelism)."""
+        heads = getattr(self._config, "num_key_value_heads", None)
+        ring = self._first_ring
+        shared = ring.is_initialized and isinstance(heads, int) and 1 <= ring.keys.shape[1] < heads
+        if not (shared and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        return [torch.distributed.get_rank(), torch.distributed.get_world_size()]
 
     @classmethod
     def from_state(
@@ -580,18 +605,24 @@ class SinkCache(Cache):
                 "transformers caches its states in another form. Load the stream with the version that it was saved "
                 f"with, {state['config'].get('transformers_version')}."
             )
-        cache.rows.restart(state["pads"])
         with torch.inference_mode(False):
+            cache.rows.restart(state["pads"])
             for layer, layer_state in zip(cache.layers, state["layers"], strict=True):
                 _restore(layer, layer_state, device)
                 for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
                     cache.rows.fix_address(*(state for state in states.values() if state is not None))
-        for ring in rings:
-            if ring.is_initialized:
-                ring.join_group()
-                ring.seen = ring._seen
-        cache.rows.set_base(state["base"])
+            for ring in rings:
+                if ring.is_initialized:
+                    ring.join_group()
+                    ring.seen = ring._seen
+            cache.rows.set_base(state["base"])
         cache.rows.eager_tokens = state["eager_tokens"]
+        if state["process"] not in (None, cache._process_of_heads()):
+            rank, processes = state["process"]
+            raise ValueError(
+                f"`path` must be a file that this process saved: it has the heads of process {rank} of {processes}. "
+                "Save a file for each process."
+            )
         return cache
 
     @property
@@ -643,6 +674,9 @@ class SinkCache(Cache):
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+            if isinstance(layer, DynamicLayer):  # one that is no ring may keep states, and go on recording
+                layer.keys = layer.values = None
+                layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
         self.rows.restart(None)
         self._begin_stream()
 
@@ -683,18 +717,20 @@ class SinkCache(Cache):
             ValueError: if tokens to take back are not held any more. Nothing is changed then.
         """
         ring = self._first_ring
-        removed = ring.get_seq_length() - ring.length_after_crop(tokens_to_remove)
-        # Who may refuse comes first, and the rings, which cannot refuse now, last. Others read 0 as a length in early
-        # 5.x, and as a call to forget what they recorded later.
-        with self._changing(ValueError):
-            for layer in sorted(self.layers, key=_refuses_crop_at):
-                if removed > 0 or getattr(layer, "record_past", False):
-                    try:
-                        layer.crop(-removed)
-                    except RuntimeError as error:
-                        raise ValueError(
-                            f"`tokens_to_remove`={tokens_to_remove} is refused by a layer: {error}"
-                        ) from error
+        seen = ring.get_seq_length()
+        removed = seen - ring.length_after_crop(tokens_to_remove)
+        for i, layer in enumerate(self.layers):
+            if removed > 0 and not _can_take_back(layer, removed):
+                raise ValueError(
+                    f"`tokens_to_remove` cannot be {tokens_to_remove}: layer {i}, a {type(layer).__name__}, does not "
+                    f"hold what it would need with {removed} tokens less. Call `activate_past_recording()` before "
+                    "tokens that may be taken back; a linear attention has no way back."
+                )
+        with self._changing():
+            for layer in self.layers:
+                # Others read 0 as a length in early 5.x, and as a call to forget what they recorded later.
+                if removed > 0 or (seen > 0 and getattr(layer, "record_past", False)):
+                    layer.crop(-removed)
 
 
 class SinkLayer(CacheLayerMixin):
@@ -848,7 +884,7 @@ class SinkLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         query_length = key_states.shape[2]
-        if self.takes_step(query_length):
+        if self.takes_step(query_length) and (self.rows.masked_for_step or not torch.compiler.is_compiling()):
             # The same checks as below, in a form that a step can afford.
             like = key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device
             if like != self._single_token:
@@ -1123,8 +1159,13 @@ class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
         SinkLayer.reset(self)
 
     def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)  # refuses what it cannot take back
+        LinearAttentionLayer.crop(self, tokens_to_remove)
         SinkLayer.crop(self, tokens_to_remove)
+
+    def deactivate_past_recording(self) -> None:
+        if self.record_past and self.is_initialized:
+            LinearAttentionLayer.crop(self, 0)  # cuts what it recorded
+        super().deactivate_past_recording()
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         super()._map_batch(function)
@@ -1196,13 +1237,18 @@ def _map_linear(layer: Any, function: Callable[[Tensor], Tensor]) -> None:
 
 def _state_of(layer: Any) -> dict[str, Any]:
     """All that a layer of a cache holds, of whatever kind it is."""
-    if isinstance(layer, SinkLayer):
-        layer.num_seen  # noqa: B018  # counts what compiled steps have taken
-    state: dict[str, Any] = {"kind": type(layer).__name__}
-    for name, value in vars(layer).items():
-        if name not in _DERIVED:
-            state[name] = _state_of(value) if isinstance(value, SinkLayer) else value
-    return state
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, SinkLayer):
+            return _state_of(value)
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, list | tuple):
+            return [copied(each) for each in value]
+        return {key: copied(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+    state = {name: copied(value) for name, value in vars(layer).items() if name not in _DERIVED}
+    return {"kind": type(layer).__name__, **state}
 
 
 def _restore(layer: Any, state: dict[str, Any], device: str | torch.device | None) -> None:
@@ -1210,9 +1256,10 @@ def _restore(layer: Any, state: dict[str, Any], device: str | torch.device | Non
 
     def here(value: Any) -> Any:
         if isinstance(value, torch.device):
-            return torch.device(device or value)
+            return torch.device(value if device is None else device)
         if isinstance(value, Tensor):
-            return value.to(device or state.get("device") or "cpu")
+            there = state.get("device") if device is None else device
+            return value.to("cpu" if there is None else there)
         if isinstance(value, list | tuple):
             return type(value)(here(each) for each in value)
         return {key: here(each) for key, each in value.items()} if isinstance(value, dict) else value
@@ -1236,11 +1283,19 @@ def _turn_alike(rotation: Rotation | None, other: Rotation | None) -> bool:
     return torch.allclose(rotation.inv_freq.cpu(), other.inv_freq, rtol=1e-5, atol=0)
 
 
-def _refuses_crop_at(layer: Any) -> float:
-    """From how many tokens on a layer may refuse a crop."""
+def _can_take_back(layer: Any, removed: int) -> bool:
+    """Whether a layer that is no ring, or no ring alone, still holds what it needs with so many tokens less."""
+    recording: bool = getattr(layer, "record_past", False)
     if isinstance(layer, LinearAttentionLayer):
-        return 0
-    return torch.inf if isinstance(layer, SinkLayer) else getattr(layer, "sliding_window", 0)
+        kernels: dict[int, Any] = layer.conv_kernel_size
+        states = layer.conv_states.items()
+        kept = all(state is None or state.shape[-1] - removed >= kernels[i] for i, state in states)
+        if not (recording and kept) or any(layer.is_recurrent_states_initialized.values()):
+            return False
+    if isinstance(layer, DynamicSlidingWindowLayer) and (seen := layer.get_seq_length()) >= layer.sliding_window:
+        held: int = layer.keys.shape[2]  # type: ignore[union-attr]
+        return recording and held - removed >= min(seen - removed, layer.sliding_window - 1)
+    return True
 
 
 def _becomes_ring(layer: Any, layer_idx: int, config: PreTrainedConfig, window_length: int) -> bool:

@@ -6,7 +6,7 @@ Nothing in such a file is ever executed, and nothing of it is used before all of
 import hashlib
 import json
 import os
-import threading
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,19 @@ def write(path: str | os.PathLike[str], kind: str, state: dict[str, Any]) -> Non
         OSError: if the file cannot be written. The old one is as it was.
     """
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-    tensors: dict[str, Tensor] = {}
+    tensors = {"format": torch.tensor(FORMAT)}  # early safetensors cannot write a file without a tensor
     text = json.dumps(_to_json(state, "state", tensors))
     metadata = {"format": str(FORMAT), "kind": kind, "state": text, "sha256": _digest(kind, text, tensors)}
-    beside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}-", dir=path.parent) as folder:
+        new, like = Path(folder, "new"), Path(folder, "like")
+        like.touch()  # with the permissions of a new file
         try:
-            save_file(tensors, beside, {f"attention_sinks.{name}": value for name, value in metadata.items()})
+            save_file(tensors, new, {f"attention_sinks.{name}": value for name, value in metadata.items()})
         except SafetensorError as error:  # by which it reports that the disk is full, for instance
             raise OSError(f"{path} could not be written: {error}") from error
-        _flush(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        new.chmod((path if path.exists() else like).stat().st_mode & 0o777)
+        _flush(new)
+        os.replace(new, path)
     _flush(path.parent)
 
 
@@ -66,8 +66,9 @@ def read(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
                     f"{said} it was written by a newer version (format {version}; this one reads {FORMAT}). Upgrade "
                     "attention-sinks."
                 )
-            # A copy, not a view of the file, which somebody may write to.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no dict
+            with torch.inference_mode(False):
+                # A copy, not a view of the file, which somebody may write to.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # it is no dict
     except SafetensorError as error:
         raise ValueError(f"{said} it is truncated, damaged or no safetensors file ({error}).") from error
     if digest != _digest(found, text, tensors):

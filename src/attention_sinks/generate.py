@@ -45,7 +45,8 @@ def sink_generate(
         window_length: the most tokens a layer of the cache holds, sinks included.
         num_sink_tokens: how many of the first tokens are never evicted.
         past_key_values: the `SinkCache` of an earlier call, to continue it; it keeps its own window. The prompt is the
-            whole text so far, or only what is new.
+            whole text so far, or only what is new. As `generate` has it, more tokens than were seen are the whole text,
+            unless `attention_mask` covers both what was seen and these.
         prefill_chunk_size: read the prompt in chunks of so many tokens, each token with exactly its own window, as if
             the prompt were fed token by token, in memory for `window_length + prefill_chunk_size` tokens. A prompt
             longer than the model's `max_position_embeddings` is read so by default, a shorter one at once and with
@@ -108,12 +109,13 @@ def sink_generate(
         absent, attention_mask = _unread(cache, input_ids, attention_mask)
         generate_kwargs["attention_mask"] = attention_mask
         fresh = absent + input_ids.shape[1] - cache.get_seq_length()
-        if attention_mask.shape[1] < absent + input_ids.shape[1] and _takes_positions(model):
-            generate_kwargs.setdefault("position_ids", _positions(cache, absent, input_ids))
-        _wind_back(cache, fresh)
+        unmasked = attention_mask.shape[1] < absent + input_ids.shape[1]
+        if unmasked and _takes_positions(model) and generate_kwargs.get("position_ids") is None:
+            generate_kwargs["position_ids"] = _positions(cache, absent, input_ids)
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or fresh
         chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
-        if chunk_size is None and fresh > min(longest, cache.positions_left()):
+        left = cache.position_limit - cache.kept_length if cache.can_rebase else cache.positions_left()
+        if chunk_size is None and fresh > min(longest, left):
             chunk_size = default_chunk_size(model, cache)
         repeats = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
         if cache.num_rows not in (0, len(input_ids), len(input_ids) * repeats):

@@ -30,10 +30,14 @@ class Rows:
         window_length, num_sink_tokens: those of the cache.
         compiles: whether single tokens can be taken by tensors alone, as `torch.compile` wants it.
         sliding: whether some mask is that of a sliding window of the model's own.
+        longest_window: the most tokens that a layer of any kind holds.
     """
 
-    def __init__(self, window_length: int, num_sink_tokens: int, compiles: bool, sliding: bool) -> None:
+    def __init__(
+        self, window_length: int, num_sink_tokens: int, compiles: bool, sliding: bool, longest_window: int
+    ) -> None:
         self.window_length = window_length
+        self.longest_window = longest_window
         self.num_sink_tokens = num_sink_tokens
         self.compiles = compiles
         self.sliding = sliding
@@ -60,6 +64,9 @@ class Rows:
         # that they are not compiled.
         self.accelerated = generate_compiles(None)
         self.eager_tokens = 0
+        # Whether the mask of the coming single token is made for a step. Where only parts of a model are compiled it is
+        # made by another one.
+        self.masked_for_step = False
         # Whether compiled steps have counted tokens that Python does not know of, and how many there are at most.
         self.stale = False
         self.announced = 0
@@ -133,8 +140,8 @@ class Rows:
             self._computed.clear()
 
     def pads_held(self, seen: int) -> bool:
-        """Whether some row still has slots without a token of its own, which a mask must hide."""
-        return self.pads is not None and seen - self.window_length < self.most_pads
+        """Whether some layer may still hold padding, or slots without a token, which a mask must hide."""
+        return self.pads is not None and seen - self.longest_window < self.most_pads
 
     @property
     def announces_step(self) -> bool:
@@ -214,7 +221,8 @@ class Rows:
 
     def slots_after(self, seen: Tensor, pads: Tensor | None) -> Tensor:
         """Where the next token of each row goes after `seen` `[1]` tokens, `[1]` or `[batch_size, 1]`."""
-        return self._slots(seen if pads is None else seen - pads[:, None], pads)
+        # A pad goes where the first token will.
+        return self._slots(seen if pads is None else (seen - pads[:, None]).clamp(min=0), pads)
 
     def all_sinks_seen(self, seen: int) -> bool:
         return seen - self.most_pads >= self.num_sink_tokens

@@ -123,7 +123,8 @@ class SinkSession:
         An answer that is being given ends here.
 
         Raises:
-            RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume.
+            RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume, or if another
+                thread uses the session.
             OSError: if the file cannot be written.
         """
         self._end_running()
@@ -145,7 +146,7 @@ class SinkSession:
 
         Args:
             path: of the file.
-            model: the model of the session, with the same weights.
+            model: the model of the session; the beginning of each of its weights is compared.
             tokenizer: its tokenizer, with the same vocabulary.
 
         Raises:
@@ -461,7 +462,12 @@ class SinkSession:
         """End the answer that is being given, if one is."""
         running = None if self._running is None else self._running()
         if running is not None:
-            running.close()
+            try:
+                running.close()
+            except ValueError as error:  # in the words of Python: it is already executing
+                raise RuntimeError(
+                    "An answer is being read in another thread; a session is used by one at a time."
+                ) from error
 
 
 class Detokenizer:
@@ -548,8 +554,9 @@ def _fingerprint(model: PreTrainedModel) -> str:
     for name, weight in model.named_parameters():
         digest.update(json.dumps([name, weight.shape, str(weight.dtype)]).encode())
         if weight.device.type != "meta" and weight.numel() > 0:  # one that is offloaded is not at hand
-            start = weight.detach()[(0,) * (weight.ndim - 1)].reshape(-1)[:64]
-            digest.update(start.cpu().view(torch.uint8).numpy().data)
+            own = weight.to_local() if hasattr(weight, "to_local") else weight  # if processes share it
+            start = own.detach()[(0,) * (own.ndim - 1)].reshape(-1)[:64]
+            digest.update(start.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
