@@ -653,6 +653,15 @@ def test_pads_that_a_chunked_layer_still_holds_stay_hidden() -> None:
         assert relative_error(in_batch[:1], by_itself) < 1e-4
 
 
+@pytest.mark.skipif(LATER, reason="later versions are right")
+def test_early_transformers_cannot_take_candidates_back_in_a_turn_of_new_tokens_alone() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    first: Any = sink_generate(model, random_ids(20), max_new_tokens=4, **PLAIN)
+    with pytest.raises(NotImplementedError, match="`assistant_model` with only what is new"):
+        sink_generate(model, random_ids(5), past_key_values=first.past_key_values, assistant_model=model, **CONTINUED)
+    assert first.past_key_values.get_seq_length() == 23
+
+
 def test_positions_that_are_none_are_those_of_the_stream() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     first: Any = sink_generate(model, random_ids(20), max_new_tokens=4, **PLAIN)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,6 +22,8 @@ DEFAULT_CHUNK_SIZE = 64
 # Models compute angles in float32, which rounds them by up to 2^-24 of themselves: by more and more along a stream.
 # At this position it changes the logits of SmolLM2-135M by 2e-4 of their scale, at 2^20 by 8e-3 (docs/reliability.md).
 _ACCURATE_POSITIONS = 2**15
+# The arguments of `generate` that ask for assisted decoding.
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 _NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
@@ -108,6 +110,12 @@ def sink_generate(
     if input_ids is not None and not embedded:
         absent, attention_mask = _unread(cache, input_ids, attention_mask)
         generate_kwargs["attention_mask"] = attention_mask
+        assisted = next((name for name in ASSISTED if settings[name] is not None), None)
+        if absent > 0 and assisted is not None and not hasattr(Cache, "activate_past_recording"):
+            raise NotImplementedError(
+                f"`{assisted}` with only what is new of a text is not supported with early transformers 5, which takes "
+                "candidates back by a length of the whole text. Give the whole text, or upgrade transformers."
+            )
         fresh = absent + input_ids.shape[1] - cache.get_seq_length()
         unmasked = attention_mask.shape[1] < absent + input_ids.shape[1]
         if unmasked and _takes_positions(model) and generate_kwargs.get("position_ids") is None:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from . import files
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
-from .generate import Settings, check_arguments, last_logits_only, sink_generate, sink_prefill
+from .generate import ASSISTED, Settings, check_arguments, last_logits_only, sink_generate, sink_prefill
 
 # What stands in a chat template for the parts of a conversation that are not known yet.
 _MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"
@@ -391,7 +391,7 @@ class SinkSession:
         for name in ("num_beams", "num_return_sequences"):
             if (settings[name] or 1) != 1:
                 raise ValueError(f"`{name}` must be 1, got {settings[name]}: a session is one stream.")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        for name in ASSISTED:
             if settings[name] is not None:
                 raise ValueError(
                     f"`{name}` must be left out, got {settings[name]!r:.80}: sessions choose token by token."
