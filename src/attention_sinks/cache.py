@@ -325,13 +325,9 @@ class SinkCache(Cache):
                     f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
                     f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
                 )
-        if not self.rows.lowered and self.rows.base > 0:  # a compiled model must not look at a number that changes
-            raise ValueError(
-                f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
-                "back. Continue it with `sink_generate` or `sink_prefill`."
-            )
         if torch.compiler.is_compiling() and ring.takes_step(key_states.shape[2]) and self.rows.masked_for_step:
             return  # it cannot read how many tokens were seen
+        self._check_lowered()
         seen = layer.get_seq_length()
         self._check_limit(seen, key_states.shape[2])
         if self.rows.pads is not None and len(self.rows.pads) != batch_size and not ring.is_initialized:
@@ -358,6 +354,7 @@ class SinkCache(Cache):
             ValueError: for a chunk so long that the model's own sliding window would hide the sinks from its end, or
                 that crosses the last position at which the model behaves as at the start.
         """
+        self._check_lowered()
         steps = self.rows.masked_for_step = self._first_ring.announces_step(query_length)
         if steps and not torch.compiler.is_compiling():
             self.rows.announced += 1
@@ -371,6 +368,13 @@ class SinkCache(Cache):
                 f"({self._sliding_window}) would hide the sinks. Feed the tokens in smaller chunks."
             )
         return kv_length, kv_offset
+
+    def _check_lowered(self) -> None:
+        if self.rows.base > 0 and not self.rows.lowered:
+            raise ValueError(
+                f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
+                "back. Continue it with `sink_generate` or `sink_prefill`."
+            )
 
     def _check_limit(self, seen: int, query_length: int) -> None:
         left = self.positions_left(seen)
