@@ -194,7 +194,8 @@ class Rows:
             if len(self._computed) > 64:  # those of earlier steps; what lies on a device for good stays there
                 for old in [old for old in self._computed if old[0] not in ("rotation", "pads", "sinks")]:
                     del self._computed[old]
-            self._computed[key] = compute()
+            with torch.inference_mode(False):  # its tensors could not be used under autograd later
+                self._computed[key] = compute()
         computed: _T = self._computed[key]
         return computed
 
