@@ -674,13 +674,14 @@ class SinkCache(Cache):
 
     def reset(self) -> None:
         """Start a new stream, of another batch if need be, whose rows are not padded."""
-        super().reset()  # type: ignore[no-untyped-call]
+        # Before they would be zeroed: states of inference mode cannot be, outside of it.
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
             if isinstance(layer, DynamicLayer):  # one that is no ring may keep states, and go on recording
                 layer.keys = layer.values = None
                 layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
+        super().reset()  # type: ignore[no-untyped-call]
         self.rows.restart(None)
         self._begin_stream()
 
