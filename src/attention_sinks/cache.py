@@ -537,7 +537,8 @@ class SinkCache(Cache):
 
         Args:
             path: of the file.
-            config: the config of the model, which must be the one that the stream was made with.
+            config: the config of the model, which must be the one that the stream was made with. Whether its weights are
+                the same is not checked here; `SinkSession.load` compares them.
             device: where the states go; by default, layer for layer, to the devices they were on.
 
         Raises:
@@ -552,7 +553,7 @@ class SinkCache(Cache):
         return cls.from_state(files.read(path, "cache"), config, device)
 
     def state(self) -> dict[str, Any]:
-        """All that the stream is, in plain values and copies of tensors on the CPU."""
+        """All that the stream is, in plain values and tensors; what layers hold is copied to the CPU."""
         self._check_whole()
         seen = self.get_seq_length()
         state = {

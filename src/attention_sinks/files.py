@@ -28,7 +28,7 @@ def write(path: str | os.PathLike[str], kind: str, state: dict[str, Any]) -> Non
         OSError: if the file cannot be written. The old one is as it was.
     """
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
-    tensors = {"format": torch.tensor(FORMAT)}  # early safetensors cannot write a file without a tensor
+    tensors: dict[str, Tensor] = {}
     text = json.dumps(_to_json(state, "state", tensors))
     metadata = {"format": str(FORMAT), "kind": kind, "state": text, "sha256": _digest(kind, text, tensors)}
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}-", dir=path.parent) as folder:
