@@ -537,8 +537,8 @@ class SinkCache(Cache):
 
         Args:
             path: of the file.
-            config: the config of the model, which must be the one that the stream was made with. Whether its weights are
-                the same is not checked here; `SinkSession.load` compares them.
+            config: the config of the model, which must be the one that the stream was made with. Its weights are not
+                compared here; `SinkSession.load` compares them.
             device: where the states go; by default, layer for layer, to the devices they were on.
 
         Raises:
