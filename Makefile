@@ -6,8 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# The tests that run on other versions too; the pages and the benchmarks are those of the pinned ones.
+FAST := -m "not slow" $(addprefix --ignore tests/test_,docs.py benchmarks.py soak.py)
+# Two processes of one thread each are faster than one of two: threads that wait for each other spin.
+PARALLEL := OMP_NUM_THREADS=1
 
-.PHONY: demo chat docs test test-oldest lint types architectures bench build release-notes clean
+.PHONY: demo chat docs test test-oldest test-newest lint types architectures bench build release-notes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -22,9 +27,18 @@ docs: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-# The fast tests with the oldest versions that pyproject.toml allows; the pages and the benchmarks are those of the newest.
+# The fast tests with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(addprefix --ignore tests/test_,docs.py benchmarks.py soak.py)
+	$(PARALLEL) $(OLDEST)/bin/python -m pytest -n 2 $(FAST)
+
+# The fast tests, and a few architectures, with what `pip install` brings today: the newest transformers and torch.
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--editable ".[cli,demo,test]"
+	$(NEWEST)/bin/python -c "import torch, transformers; print('transformers', transformers.__version__, 'torch', torch.__version__)"
+	$(PARALLEL) $(NEWEST)/bin/python -m pytest -n 2 $(FAST)
+	$(NEWEST)/bin/python -m benchmarks.architectures --quick
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -64,4 +78,4 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) dist site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) dist site

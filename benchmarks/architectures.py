@@ -25,10 +25,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from attention_sinks import SinkCache
+from attention_sinks import SinkCache, sink_generate
 from attention_sinks.cache import SinkLayer
+from attention_sinks.compat import cache_name
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
+CACHE = cache_name()  # as the installed version of transformers calls it
 VOCAB_SIZE = 64
 CHUNKS = [1, 7, 1, 12, 3, 1, 9, 5, 1, 8]
 SECONDS = 120
@@ -69,6 +71,11 @@ SEVERAL_LAYERS: dict[str, Any] = {
     "attn_layer_offset": 1,
     "attn_layer_indices": [1, 3],
 }
+# A few of each kind, for a quick look at a version of transformers.
+QUICK = (
+    "bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3_text", "glm4", "gpt_neox", "gptj", "gpt2", "gpt_oss",
+    "lfm2", "llama", "mamba2", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_next", "smollm3",
+)  # fmt: skip
 # Modules that mix tokens, and those of them that are attention, by the names of their classes.
 MIXERS = r"(Attention|MLA|Mixer|DeltaNet|ShortConv|Mamba2?(Layer)?)$"
 ATTENTION = r"(Attention|MLA)$"
@@ -124,7 +131,7 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
             model = build(config)
             cache = DynamicCache(config=model.config)
             for chunk in random_ids(6).split([2, 1, 3], dim=1):
-                model(chunk, past_key_values=cache)
+                model(chunk, **{CACHE: cache})
         except Exception:  # whatever the code of a model raises on sizes it was not made for
             continue
         yield model
@@ -169,7 +176,7 @@ def agrees_with_itself(model: Any) -> bool:
     expected = model(ids, use_cache=False).logits
     for chunk in CHUNKS[:5]:
         positions = torch.arange(seen, seen + chunk)[None]
-        logits = model(ids[:, seen : seen + chunk], position_ids=positions, past_key_values=cache).logits
+        logits = model(ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
         if relative_error(logits, expected[:, seen : seen + chunk]) > 1e-3:
             return False
         seen += chunk
@@ -186,7 +193,7 @@ def one_layer_error(model: Any) -> float:
         for chunk in chunks:
             # Given as `generate` gives them: not every model counts on by itself.
             positions = torch.arange(seen, seen + chunk)[None]
-            logits = model(ids[:, seen : seen + chunk], position_ids=positions, past_key_values=cache).logits
+            logits = model(ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
             surplus = max(seen + 1 - WINDOW_LENGTH, 0)
             held = [t for t in range(seen) if not NUM_SINK_TOKENS <= t < NUM_SINK_TOKENS + surplus]
             expected = model(ids[:, held + list(range(seen, seen + chunk))], use_cache=False).logits[:, -chunk:]
@@ -234,14 +241,17 @@ def several_layers_error(model: Any) -> float:
     worst = 0.0
     positions = torch.arange(WINDOW_LENGTH)[None]
     for chunk, places in zip(*(x.split([5, 1, 1, 4, 1, 1, 3], dim=1) for x in (ids, positions)), strict=True):
-        logits, expected = (model(chunk, position_ids=places, past_key_values=x).logits for x in (cache, other))
+        logits, expected = (model(chunk, position_ids=places, **{CACHE: x}).logits for x in (cache, other))
         worst = max(worst, relative_error(logits, expected))
     cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    output = model.generate(ids, past_key_values=cache, max_new_tokens=30, min_new_tokens=30, use_cache=True)
+    options: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "use_cache": True}
+    output = model.generate(ids, **{CACHE: cache}, **options)
     assert output.shape[1] == WINDOW_LENGTH + 30
     assert cache.kept_length == WINDOW_LENGTH
     for layer in cache.layers:
         assert not isinstance(layer, SinkLayer) or layer.get_seq_length() == WINDOW_LENGTH + 29
+    window: dict[str, int] = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+    assert torch.equal(sink_generate(model, ids, **window, **options), output), "sink_generate says something else"
     return worst
 
 
@@ -329,7 +339,7 @@ def _judge(model_type: str) -> dict[str, Any]:
 
 def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
     """docs/architectures.md from the rows of every version of transformers that was swept, the newest first."""
-    versions = sorted(results, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+    versions = sorted(results, key=_numbers, reverse=True)
     newest = results[versions[0]]
     lines = [
         "# Architectures",
@@ -360,12 +370,17 @@ def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
     PAGE.write_text("\n".join(lines) + "\n")
 
 
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a few types of each kind")
     parser.add_argument("--write", action="store_true", help="write the table of this version of transformers")
     options = parser.parse_args()
-    types = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    types = options.types or (QUICK if options.quick else None) or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     rows: dict[str, dict[str, str]] = {}
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=20) as pool:
         for row in pool.imap_unordered(judge, types):
@@ -373,7 +388,8 @@ def main() -> None:
             rows[row.pop("type")] = row
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known = results.get(transformers.__version__, {})
+    # A version that has not been recorded is compared with the newest that has.
+    known = results.get(transformers.__version__) or results[max(results, key=_numbers)]
     failed = [name for name, row in rows.items() if row["verdict"] in ("wrong", "crash")]
     worse = [
         name
@@ -381,7 +397,8 @@ def main() -> None:
         if row["verdict"] != "exact" and known.get(name, {}).get("verdict") == "exact"
     ]
     if options.write:
-        results[transformers.__version__] = {**known, **dict(sorted(rows.items()))}
+        before = results.get(transformers.__version__, {})
+        results[transformers.__version__] = {**before, **dict(sorted(rows.items()))}
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
         write_page(results)
     counts = Counter(row["verdict"] for row in rows.values())

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from attention_sinks import SinkCache, sink_generate
+from attention_sinks.compat import cache_name
 from attention_sinks.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def written(model: Any, prompt: Tensor, cache: Any, length: int) -> tuple[Tensor
     clock = Clock()
     set_seed(0)
     options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "top_p": 0.95}
-    options |= {"past_key_values": cache, "streamer": clock, "temperature": 1.0, "top_k": 0}
+    options |= {cache_name(): cache, "streamer": clock, "temperature": 1.0, "top_k": 0}
     generate = sink_generate if isinstance(cache, SinkCache) else type(model).generate
     output: Any = generate(model, prompt, **options)
     return output[0], clock.times

@@ -12,6 +12,9 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 from transformers.cache_utils import CacheLayerMixin
 
 from attention_sinks import SinkCache
+from attention_sinks.compat import cache_name
+
+CACHE = cache_name()  # as the installed version of transformers calls it
 
 SMOLLM2_135M = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -120,7 +123,7 @@ def step_of(name: str, forward: Any, model: Any, window_length: int) -> Callable
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
     def step() -> None:
-        forward(token, past_key_values=cache, use_cache=True)
+        forward(token, **{CACHE: cache}, use_cache=True)
         if name == "StaticCache":
             for layer in cache.layers:
                 layer.cumulative_length.fill_(window_length - 1)

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from attention_sinks import SinkCache, sink_prefill
 
-from .measure import Setting, filled, full_cache, in_turns, nbytes, random_states, ratios, step_of, waiting_for
+from .measure import CACHE, Setting, filled, full_cache, in_turns, nbytes, random_states, ratios, step_of, waiting_for
 
 Rows = list[dict[str, Any]]
 UPDATED_LAYERS, NUM_HEADS, HEAD_DIM = 4, 8, 128
@@ -138,7 +138,7 @@ def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | No
             dynamic = filled(DynamicCache(config=config), config, window_length, device, dtype)
 
             def plain(ids: Tensor, cache: Any) -> None:
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
                 cache.crop(-ids.shape[1])
 
             def windowed(ids: Tensor, cache: Any) -> None:
@@ -176,7 +176,7 @@ def stream(setting: Setting, checkpoints: tuple[int, ...], window_length: int, e
                 if isinstance(cache, SinkCache):
                     list(sink_prefill(model, chunk, cache, logits_to_keep=1))
                 else:
-                    model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    model(chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
                 seen[name] += chunk.shape[1]
             times = []
             for _ in range(setting.rounds if cache is not None else 3):
@@ -186,7 +186,7 @@ def stream(setting: Setting, checkpoints: tuple[int, ...], window_length: int, e
                     window = torch.zeros(1, max(min(target, window_length), 1), dtype=torch.long, device=device)
                     model(window, use_cache=False, logits_to_keep=1)
                 else:
-                    model(token, past_key_values=cache, use_cache=True)
+                    model(token, **{CACHE: cache}, use_cache=True)
                     seen[name] += 1
                 wait()
                 times.append((time.perf_counter() - start) * 1e3)

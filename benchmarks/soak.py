@@ -84,7 +84,7 @@ def soak(tokens: int, samples: int) -> Rows:
         options: dict[str, Any] = {"max_new_tokens": length, "do_sample": True, "pad_token_id": 0, "eos_token_id": None}
         options |= {"output_logits": True, "return_dict_in_generate": True}
         started = time.process_time()
-        made: Any = sink_generate(model, torch.tensor([text[-1:]]), past_key_values=cache, **options)
+        made: Any = sink_generate(model, torch.tensor([text[-1:]]), cache=cache, **options)
         written.append((time.process_time() - started) / length * 1e3)
         note(made.sequences[0, :-1].tolist())
         errors.append(error(made.logits[-1][0]))

@@ -20,6 +20,6 @@ print(f"{cache.get_seq_length()} tokens read, {cache.kept_length} kept")
 torch.manual_seed(0)
 for number in range(3):
     output = sink_generate(
-        model, prompt, past_key_values=copy.deepcopy(cache), do_sample=True, temperature=0.8, max_new_tokens=24
+        model, prompt, cache=copy.deepcopy(cache), do_sample=True, temperature=0.8, max_new_tokens=24
     )
     print(f"{number + 1}. strings in Python{tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)}")

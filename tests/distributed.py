@@ -16,7 +16,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
-from .models import random_ids
+from .models import CACHE, random_ids
 
 W, S = 16, 4
 PLAIN: dict[str, Any] = {
@@ -47,7 +47,7 @@ def padded(model: Any, *lengths: int) -> tuple[Tensor, Tensor]:
 
 
 def generated(output: Any) -> dict[str, Tensor]:
-    return {"ids": output.sequences, "logits": torch.stack(output.logits, dim=1), **held(output.past_key_values)}
+    return {"ids": output.sequences, "logits": torch.stack(output.logits, dim=1), **held(output[CACHE])}
 
 
 def held(cache: Any) -> dict[str, Tensor]:
@@ -62,13 +62,13 @@ def by_hand(model: Any) -> dict[str, Tensor]:
     """A prompt, single tokens across the edge of the window, a chunk, and single tokens again."""
     cache = SinkCache(model.config, W, S)
     chunks = prompt(model, 60).split([7, *[1] * 20, 9, *[1] * 24], dim=1)
-    logits = torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
+    logits = torch.cat([model(chunk, **{CACHE: cache}).logits for chunk in chunks], dim=1)
     return {"logits": logits, **held(cache)}
 
 
 def by_generate(model: Any) -> dict[str, Tensor]:
     return generated(
-        model.generate(prompt(model, 20), past_key_values=SinkCache(model.config, W, S), max_new_tokens=30, **PLAIN)
+        model.generate(prompt(model, 20), **{CACHE: SinkCache(model.config, W, S)}, max_new_tokens=30, **PLAIN)
     )
 
 
@@ -105,11 +105,11 @@ def by_a_file(model: Any) -> dict[str, Tensor]:
     """Half of a stream, then the rest from a file, of which each process has its own."""
     cache = SinkCache(model.config, W, S)
     chunks = prompt(model, 60).split([20, *[1] * 40], dim=1)
-    logits = [model(chunk, past_key_values=cache).logits for chunk in chunks[:20]]
+    logits = [model(chunk, **{CACHE: cache}).logits for chunk in chunks[:20]]
     with tempfile.TemporaryDirectory() as folder:
         cache.save(Path(folder) / "stream")
         cache = SinkCache.load(Path(folder) / "stream", model.config)
-    logits += [model(chunk, past_key_values=cache).logits for chunk in chunks[20:]]
+    logits += [model(chunk, **{CACHE: cache}).logits for chunk in chunks[20:]]
     return {"logits": torch.cat(logits, dim=1), **held(cache)}
 
 

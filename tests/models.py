@@ -25,6 +25,11 @@ from transformers import (
     SmolLM3Config,
 )
 
+from attention_sinks.compat import cache_name
+
+# The name by which the installed version of transformers takes and returns a cache.
+CACHE = cache_name()
+
 VOCAB_SIZE = 97
 
 SIZES: dict[str, Any] = {

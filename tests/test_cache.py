@@ -26,7 +26,7 @@ from attention_sinks import SinkCache
 from attention_sinks.cache import HybridSinkLayer, IndexedSinkLayer, SinkLayer
 from attention_sinks.rope import Rotation, derive_positions
 
-from .models import build_config, build_model, random_ids
+from .models import CACHE, build_config, build_model, random_ids
 
 ROOT = Path(__file__).parent.parent
 CONFIG = build_config("llama", num_hidden_layers=2)
@@ -285,9 +285,9 @@ def test_updates_under_inference_mode_and_outside_of_it_may_alternate() -> None:
     for start in range(0, 30, 3):
         chunk = ids[:, start : start + 3]
         with torch.no_grad():
-            expected = model(chunk, past_key_values=plain).logits
+            expected = model(chunk, **{CACHE: plain}).logits
         with torch.inference_mode(mode=start % 2 == 0), torch.no_grad():
-            logits = model(chunk, past_key_values=mixed).logits
+            logits = model(chunk, **{CACHE: mixed}).logits
             mixed.reorder_cache(torch.LongTensor([0]))
         assert torch.equal(logits, expected)
 
@@ -298,9 +298,9 @@ def test_under_autograd_new_states_carry_their_gradient_and_the_past_is_a_consta
     cache, reference = SinkCache(CONFIG, 8, 2), SinkCache(CONFIG, 8, 2)
     for length, start in ((20, 0), (1, 20), (5, 21), (1, 26)):
         chunk = ids[:, start : start + length]
-        logits = model(chunk, past_key_values=cache).logits
+        logits = model(chunk, **{CACHE: cache}).logits
         with torch.no_grad():
-            torch.testing.assert_close(logits, model(chunk, past_key_values=reference).logits, rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits, model(chunk, **{CACHE: reference}).logits, rtol=0, atol=1e-4)
         weight = model.model.layers[0].self_attn.k_proj.weight
         (gradient,) = torch.autograd.grad(logits.square().sum(), weight)
         assert gradient.norm() > 0
@@ -320,10 +320,10 @@ def test_a_chunk_that_the_sliding_window_would_cut_off_from_the_sinks_is_refused
     config = build_config("mistral-sliding", num_hidden_layers=1)  # slides over 64 tokens
     model, cache = build_model(config), SinkCache(config, 16, 4)
     with torch.no_grad():
-        model(random_ids(100), past_key_values=cache)
-        model(random_ids(49), past_key_values=cache)
+        model(random_ids(100), **{CACHE: cache})
+        model(random_ids(49), **{CACHE: cache})
         with pytest.raises(ValueError, match="`query_length` must be at most 49 with 15 tokens in the cache, got 50"):
-            model(random_ids(50), past_key_values=cache)
+            model(random_ids(50), **{CACHE: cache})
     assert cache.get_seq_length() == 149
 
 
@@ -332,11 +332,11 @@ def test_padding_that_nobody_announced_is_refused() -> None:
     ids, mask = random_ids(10, batch_size=2), torch.ones(2, 10, dtype=torch.long)
     ids[1, :3], mask[1, :3] = 0, 0
     with pytest.raises(ValueError, match="as only padding does"):
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5)
+        model.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=5)
     assert cache.get_seq_length() == 0
     assert not cache.is_initialized
     ids[1, :3] = ids[0, 0]
-    model.generate(ids, past_key_values=cache, max_new_tokens=5)  # the same word thrice is no padding
+    model.generate(ids, **{CACHE: cache}, max_new_tokens=5)  # the same word thrice is no padding
 
 
 @pytest.mark.parametrize(
@@ -409,16 +409,16 @@ def test_an_interrupted_forward_pass_is_noticed_by_the_next_one(failing_layer: i
         raise KeyboardInterrupt
 
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=cache)
+        model(ids[:, :30], **{CACHE: cache})
         hook = model.model.layers[failing_layer].register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 30:], past_key_values=cache)
+            model(ids[:, 30:], **{CACHE: cache})
         hook.remove()
         where = rf"interrupted between layer {failing_layer - 1} and layer 3.*`reset\(\)`"
         with pytest.raises(RuntimeError, match=where):
-            model(ids[:, 30:], past_key_values=cache)
+            model(ids[:, 30:], **{CACHE: cache})
         cache.reset()
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     assert cache.kept_length == 8
 
 
@@ -450,9 +450,9 @@ def test_a_refused_prompt_leaves_no_layer_behind() -> None:
     cache, ids, mask = SinkCache(model.config, 16, 4), random_ids(10), torch.ones(1, 10, dtype=torch.long)
     ids[0, :3], mask[0, :3] = 0, 0
     with pytest.raises(ValueError, match="as only padding does"):
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+        model.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=2)
     assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0]
-    model.generate(random_ids(7), past_key_values=cache, max_new_tokens=2)
+    model.generate(random_ids(7), **{CACHE: cache}, max_new_tokens=2)
 
 
 @torch.no_grad()
@@ -460,33 +460,31 @@ def test_another_batch_or_dtype_is_refused_before_a_layer_of_another_kind_takes_
     model = mixed_model()
     cache, untouched, ids = SinkCache(model.config, 16, 4), SinkCache(model.config, 16, 4), random_ids(30)
     for each in (cache, untouched):
-        model(ids[:, :20], past_key_values=each)
+        model(ids[:, :20], **{CACHE: each})
     with pytest.raises(ValueError, match=r"must keep batch size and dtype, 1 and torch.float32, got the shape \[3, "):
-        model(random_ids(1, batch_size=3), past_key_values=cache)
+        model(random_ids(1, batch_size=3), **{CACHE: cache})
     with pytest.raises(ValueError, match=r"must keep batch size and dtype, .* in torch.float64"):
-        mixed_model().double()(ids[:, :1], past_key_values=cache)
+        mixed_model().double()(ids[:, :1], **{CACHE: cache})
     for token in ids[:, 20:].split(1, dim=1):
-        expected = model(token, past_key_values=untouched).logits
-        assert torch.equal(model(token, past_key_values=cache).logits, expected)
+        expected = model(token, **{CACHE: untouched}).logits
+        assert torch.equal(model(token, **{CACHE: cache}).logits, expected)
 
 
 @torch.no_grad()
 def test_mixed_layers_crop_together_or_not_at_all() -> None:
     model, ids = mixed_model(), random_ids(40)
     cache, expected = SinkCache(model.config, 16, 4), DynamicCache(config=model.config)
-    model(ids[:, :7], past_key_values=cache)
+    model(ids[:, :7], **{CACHE: cache})
     for tokens_to_remove in (0, -2, 0):
         cache.crop(tokens_to_remove)
     assert [layer.get_seq_length() for layer in cache.layers] == [5, 5, 5]
     cache.crop(4)
-    model(ids[:, :4], past_key_values=expected)
+    model(ids[:, :4], **{CACHE: expected})
     for each in (cache, expected):
-        logits = model(ids[:, 4:6], past_key_values=each).logits
-    assert torch.equal(
-        model(ids[:, 6:7], past_key_values=cache).logits, model(ids[:, 6:7], past_key_values=expected).logits
-    )
+        logits = model(ids[:, 4:6], **{CACHE: each}).logits
+    assert torch.equal(model(ids[:, 6:7], **{CACHE: cache}).logits, model(ids[:, 6:7], **{CACHE: expected}).logits)
     assert logits.shape[1] == 2
-    model(ids[:, 7:30], past_key_values=cache)
+    model(ids[:, 7:30], **{CACHE: cache})
     with pytest.raises(ValueError):  # noqa: PT011  # in the words of the sliding layer
         cache.crop(-1)
     assert [layer.get_seq_length() for layer in cache.layers] == [30, 30, 30]
@@ -509,10 +507,10 @@ def test_positions_end_where_the_model_changes_and_the_update_that_would_get_the
     )  # fmt: skip
     model, cache = build_model(config), SinkCache(config, 8, 2)
     with torch.no_grad():
-        model(random_ids(38), past_key_values=cache)
+        model(random_ids(38), **{CACHE: cache})
         with pytest.raises(ValueError, match="`query_length` must be at most 2 after 38 tokens, got 3.*position 40"):
-            model(random_ids(3), past_key_values=cache)
-        model(random_ids(2), past_key_values=cache)
+            model(random_ids(3), **{CACHE: cache})
+        model(random_ids(2), **{CACHE: cache})
         with pytest.raises(ValueError, match="at most 0 after 40 tokens"):
             cache.update(*states_of([40]), 0)
     assert cache.get_seq_length() == 40
@@ -528,7 +526,7 @@ def test_a_rotation_stated_by_hand_is_that_of_the_model() -> None:
     stated = SinkCache(PretrainedConfigOfItsOwn(num_hidden_layers=2), 8, 2, rotation=Rotation(inv_freq))
     with torch.no_grad():
         for chunk in random_ids(40).split([5, 1, 1, 9, *[1] * 24], dim=1):
-            logits = [model(chunk, past_key_values=cache).logits for cache in (measured, stated)]
+            logits = [model(chunk, **{CACHE: cache}).logits for cache in (measured, stated)]
             torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
     with pytest.raises(NotImplementedError, match=r"'its_own'.*SinkCache\(config, rotation=Rotation\(inv_freq"):
         SinkCache(PretrainedConfigOfItsOwn(num_hidden_layers=2), 8, 2)
@@ -588,6 +586,30 @@ def test_every_method_of_the_interface_is_implemented_or_inherited_knowingly(
         assert found == known, "no longer there, or ours by now"
     later = type("Later", (interface,), {"method": lambda self: None, "number": property(lambda self: 0)})
     assert inherited(later, ours) - found == {"method", "number"}
+
+
+def unknown_arguments(theirs: Any, ours: Any) -> set[str]:
+    """The arguments of a method of `transformers` that ours would not take by their names."""
+    takes = inspect.signature(ours).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        return set()
+    named = {name for name, each in inspect.signature(theirs).parameters.items() if each.kind is not each.VAR_KEYWORD}
+    return named - takes.keys() - {"args"}
+
+
+@pytest.mark.parametrize(("name", "ours", "known"), INTERFACES, ids=[name for name, *_ in INTERFACES])
+def test_every_method_takes_the_arguments_that_transformers_names(name: str, ours: type, known: set[str]) -> None:
+    if f"transformers=={transformers.__version__}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("early versions have other names, and give arguments by their place")
+    methods = inspect.getmembers(getattr(cache_utils, name), inspect.isfunction)
+    assert {
+        method: missing
+        for method, theirs in methods
+        if not method.startswith("_")
+        and hasattr(ours, method)
+        and (missing := unknown_arguments(theirs, getattr(ours, method)))
+    } == {}
+    assert unknown_arguments(lambda self, states, later: None, lambda self, states: None) == {"later"}
 
 
 def test_both_names_of_the_greatest_length_are_answered() -> None:

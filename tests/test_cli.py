@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from attention_sinks import SinkCache
 
-from .models import build_config, build_model
+from .models import CACHE, build_config, build_model
 from .test_session import SIZES, byte_tokenizer
 
 COMMAND = [sys.executable, "-m", "attention_sinks.cli"]
@@ -107,7 +107,7 @@ def test_info_says_what_the_cache_of_the_model_does_and_holds(folder: Path, tmp_
     model: Any = build_model(build_config("llama", **SIZES))
     cache = SinkCache(model.config, 100)
     with torch.no_grad():
-        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.long), **{CACHE: cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     for words in (
         "supported: exact",

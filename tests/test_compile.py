@@ -15,7 +15,7 @@ import attention_sinks.generate
 import attention_sinks.rows
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
-from .models import SIZES, VOCAB_SIZE, build_config, build_model, random_ids, relative_error
+from .models import CACHE, SIZES, VOCAB_SIZE, build_config, build_model, random_ids, relative_error
 
 W, S = 16, 4
 ARCHITECTURES = ["llama", "gpt_neox", "qwen3", "glm4", "deepseek_v3", "smollm3", "mistral-sliding"]
@@ -76,28 +76,28 @@ def test_a_compiled_loop_gives_the_logits_of_an_eager_one_across_the_edge_of_the
     for seed in range(2):
         cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
         prompt = random_ids(prompt_length, seed=seed)
-        model(prompt, past_key_values=cache)
-        model(prompt, past_key_values=eager)
+        model(prompt, **{CACHE: cache})
+        model(prompt, **{CACHE: eager})
         for t in range(3 * W):
             token = random_ids(1, seed=100 + t)
-            logits = step(token, past_key_values=cache).logits
-            assert relative_error(logits, model(token, past_key_values=eager).logits) < 1e-5
+            logits = step(token, **{CACHE: cache}).logits
+            assert relative_error(logits, model(token, **{CACHE: eager}).logits) < 1e-5
         assert compiler.compiled == 1, "neither at the edge of the window nor for another cache"
         assert (cache.get_seq_length(), cache.kept_length) == (eager.get_seq_length(), eager.kept_length)
         for length in (5, 1, 1, 7):  # the stream goes on without the compiler
             new = random_ids(length, seed=length)
-            expected = model(new, past_key_values=eager).logits
-            assert relative_error(model(new, past_key_values=cache).logits, expected) < 1e-5
+            expected = model(new, **{CACHE: eager}).logits
+            assert relative_error(model(new, **{CACHE: cache}).logits, expected) < 1e-5
 
 
 def test_a_thousand_steps_past_the_window_are_compiled_once() -> None:
     model = build("llama")
     compiler = Compiler()
     step, cache = compiled(model, compiler), SinkCache(model.config, W, S)
-    model(random_ids(2 * W), past_key_values=cache)
+    model(random_ids(2 * W), **{CACHE: cache})
     token = random_ids(1)
     for _ in range(1000):
-        step(token, past_key_values=cache)
+        step(token, **{CACHE: cache})
     assert compiler.compiled == 1
     assert cache.get_seq_length() == 2 * W + 1000
 
@@ -108,8 +108,8 @@ def test_inductor_compiles_a_step_too() -> None:
     step = compiled(model, "inductor")
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
     for new in [random_ids(6), *random_ids(2 * W, seed=1).split(1, dim=1)]:
-        expected = model(new, past_key_values=eager).logits
-        logits = (step if new.shape[1] == 1 else model)(new, past_key_values=cache).logits
+        expected = model(new, **{CACHE: eager}).logits
+        logits = (step if new.shape[1] == 1 else model)(new, **{CACHE: cache}).logits
         assert relative_error(logits, expected) < 1e-5
 
 
@@ -123,7 +123,7 @@ def test_generate_compiles_by_itself_where_it_does_so_for_a_static_cache(name: s
         settings: dict[str, Any] = {"max_new_tokens": 40, "compile_config": compile_everywhere(compiler)}
         output: Any = sink_generate(model, ids, window_length=W, **settings)
         assert torch.equal(output, expected)
-        output = model.generate(ids, past_key_values=SinkCache(model.config, W, S), **settings)
+        output = model.generate(ids, **{CACHE: SinkCache(model.config, W, S)}, **settings)
         assert torch.equal(output, expected)
         assert compiler.compiled == 1
 
@@ -177,7 +177,7 @@ def test_the_end_of_positions_is_seen_in_compiled_generate() -> None:
     cache = SinkCache(model.config, W, S)
     cache.position_limit = 40
     with pytest.raises(ValueError, match="position 40"):
-        model.generate(ids, past_key_values=cache, **settings)
+        model.generate(ids, **{CACHE: cache}, **settings)
     assert cache.get_seq_length() == 40
     assert compiler.compiled == 1
     cache = SinkCache(model.config, W, S)
@@ -195,8 +195,8 @@ def test_layers_that_are_compiled_one_by_one_are_exact(prompt_length: int) -> No
         layer.compile(backend=Compiler())
     cache, other = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
     for ids in (random_ids(prompt_length), *random_ids(6, seed=1).split(1, dim=1)):
-        expected = eager(ids, past_key_values=other).logits
-        assert relative_error(model(ids, past_key_values=cache).logits, expected) < 1e-5
+        expected = eager(ids, **{CACHE: other}).logits
+        assert relative_error(model(ids, **{CACHE: cache}).logits, expected) < 1e-5
     assert cache.get_seq_length() == other.get_seq_length()
 
 
@@ -210,7 +210,7 @@ def test_positions_that_are_wound_back_are_no_reason_to_compile_anew(monkeypatch
         return_dict_in_generate=True,
     )  # fmt: skip
     assert torch.equal(output.sequences, expected)
-    assert output.past_key_values.rows.base > 100, "more than once"
+    assert output[CACHE].rows.base > 100, "more than once"
     assert compiler.compiled == 1
 
 
@@ -220,17 +220,17 @@ def test_a_crop_after_compiled_steps_is_exact_and_a_compiled_step_after_a_crop()
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
     new = random_ids(10)
     for forward, one in ((step, cache), (model, eager)):
-        model(new, past_key_values=one)
+        model(new, **{CACHE: one})
         for t in range(20):
-            forward(random_ids(1, seed=t), past_key_values=one)
+            forward(random_ids(1, seed=t), **{CACHE: one})
         one.crop(-3)
     assert cache.kept_length == eager.kept_length == W - 3
     again: Any = torch.compile(model, backend=Compiler())
     for t in range(6):
         token = random_ids(1, seed=50 + t)
         position = torch.tensor([[27 + t]])
-        expected = model(token, position_ids=position, past_key_values=eager).logits
-        assert relative_error(again(token, position_ids=position, past_key_values=cache).logits, expected) < 1e-5
+        expected = model(token, position_ids=position, **{CACHE: eager}).logits
+        assert relative_error(again(token, position_ids=position, **{CACHE: cache}).logits, expected) < 1e-5
     assert cache.get_seq_length() == eager.get_seq_length() == 33
 
 
@@ -306,11 +306,11 @@ def test_no_step_waits_for_the_device(prompt_length: int) -> None:
     """Nothing is read from a tensor: not by the cache, and not by the model on its behalf."""
     model = build("llama")
     cache = SinkCache(model.config, W, S)
-    model(random_ids(prompt_length), past_key_values=cache)
+    model(random_ids(prompt_length), **{CACHE: cache})
     operations = Operations()
     with operations:
         for t in range(2 * W):
-            model(random_ids(1, seed=t), past_key_values=cache)
+            model(random_ids(1, seed=t), **{CACHE: cache})
     assert operations.names["index_copy_"] > 0
     assert not operations.names.keys() & {"_local_scalar_dense", "item", "nonzero", "is_nonzero"}
 
@@ -347,8 +347,8 @@ def test_chunks_can_be_compiled_if_less_well() -> None:
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
     for length in (6, 1, 5, 1, 1, 20, 1, 3, 1):
         new = random_ids(length, seed=length)
-        expected = model(new, past_key_values=eager).logits
-        assert relative_error(forward(new, past_key_values=cache).logits, expected) < 1e-5
+        expected = model(new, **{CACHE: eager}).logits
+        assert relative_error(forward(new, **{CACHE: cache}).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("prompt_length", [1, 3, 6, 15, 40])
@@ -360,13 +360,13 @@ def test_an_eager_loop_where_generate_would_compile_is_exact_and_soon_as_elsewhe
     parts = [ids[:, :prompt_length], *ids[:, prompt_length:].split(1, dim=1)]
     cache = SinkCache(model.config, W, S)
     assert cache.is_compileable
-    logits: list[Any] = [model(part, past_key_values=cache).logits for part in parts]
+    logits: list[Any] = [model(part, **{CACHE: cache}).logits for part in parts]
     assert not cache.is_compileable
     with monkeypatch.context() as patch:
         patch.setattr(attention_sinks.rows, "generate_compiles", lambda device: False)
         cache = SinkCache(model.config, W, S)
         for part, one in zip(parts, logits, strict=True):
-            assert relative_error(one, model(part, past_key_values=cache).logits) < 1e-5
+            assert relative_error(one, model(part, **{CACHE: cache}).logits) < 1e-5
 
 
 def test_chunks_after_compiled_steps_see_their_windows() -> None:
@@ -374,9 +374,9 @@ def test_chunks_after_compiled_steps_see_their_windows() -> None:
     step = compiled(model, Compiler())
     ids = random_ids(70)
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
-    expected: list[Any] = [model(token, past_key_values=eager).logits for token in ids.split(1, dim=1)]
-    model(ids[:, :6], past_key_values=cache)
+    expected: list[Any] = [model(token, **{CACHE: eager}).logits for token in ids.split(1, dim=1)]
+    model(ids[:, :6], **{CACHE: cache})
     for token in ids[:, 6:40].split(1, dim=1):
-        step(token, past_key_values=cache)
+        step(token, **{CACHE: cache})
     logits: list[Any] = [output.logits for output in sink_prefill(model, ids[:, 40:], cache, chunk_size=7)]
     assert relative_error(torch.cat(logits, dim=1), torch.cat(expected[40:], dim=1)) < 1e-5

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from attention_sinks import SinkCache, SinkSession
 
 from .distributed import SHARED, STREAMS, S, W, prompt, streams
-from .models import build_config, build_model, relative_error
+from .models import CACHE, build_config, build_model, relative_error
 from .test_session import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -201,7 +201,7 @@ def test_a_model_on_two_gpus_says_what_it_says_on_one(four_layers: str, monkeypa
         for token in prompt(model, 100).split(1, dim=1):
             if cache.get_seq_length() == 2:
                 transfers.found.clear()
-            model(token, past_key_values=cache)
+            model(token, **{CACHE: cache})
     assert [layer.keys.device.index for layer in cache.layers] == [0, 0, 1, 1]
     assert transfers.found == []
 

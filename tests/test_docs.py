@@ -56,6 +56,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names | {"mask": inputs["attention_mask"], "name": "any/model", "torch": torch}
 
 
+# The pages show the name of the argument that every supported version takes; the newest warns of it.
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_the_python_of_a_page_runs(page: Path, small: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from attention_sinks import SinkCache
 from attention_sinks.evaluate import Scores, binned, curves, perplexity_from, plot, write_csv
 
-from .models import build_config, build_model, random_ids, tiny_model
+from .models import CACHE, build_config, build_model, random_ids, tiny_model
 
 LENGTH, WINDOW = 90, 24
 
@@ -42,7 +42,7 @@ def test_every_token_is_scored_once_as_its_definition_says() -> None:
     assert torch.allclose(scored["dense"].losses, losses(model(ids).logits, ids), atol=1e-4)
     for name, num_sink_tokens in (("window", 0), ("4 sinks", 4)):
         cache = SinkCache(model.config, WINDOW, num_sink_tokens)
-        logits = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+        logits = torch.cat([model(token, **{CACHE: cache}).logits for token in ids.split(1, dim=1)], dim=1)
         assert torch.allclose(scored[name].losses, losses(logits, ids), atol=1e-3)
     assert scored["recompute"].positions.tolist() == list(range(WINDOW, LENGTH, 7))
     for position, loss in zip(*scored["recompute"], strict=True):

@@ -22,7 +22,7 @@ from torch import Tensor
 from attention_sinks import Rotation, SinkCache, sink_generate, sink_prefill
 from attention_sinks.cache import SinkLayer
 
-from .models import SIZES, build_config, build_model, random_ids, tiny_model
+from .models import CACHE, SIZES, build_config, build_model, random_ids, tiny_model
 
 W, S = 12, 2
 NAMES = ["llama", "cohere", "gptj", "deepseek_v3", "smollm3", "mistral-sliding", "mpt", "sliding beside full"]
@@ -74,7 +74,7 @@ def feed(model: Any, cache: SinkCache, lengths: list[int], seed: int = 0) -> lis
         positions = {"position_ids": torch.arange(seen, seen + ids.shape[1])[None]}
         with cache.lowers_positions():
             logits.append(
-                model(ids, past_key_values=cache, **({} if model.config.model_type == "mpt" else positions)).logits
+                model(ids, **{CACHE: cache}, **({} if model.config.model_type == "mpt" else positions)).logits
             )
     return logits
 
@@ -170,7 +170,7 @@ def test_padded_rows_are_resumed_bitwise(steps: int, tmp_path: Path) -> None:
         model, ids * mask, attention_mask=mask, window_length=W, num_sink_tokens=S, max_new_tokens=steps,
         return_dict_in_generate=True, **options,
     )  # fmt: skip
-    cache = output.past_key_values
+    cache = output[CACHE]
     cache.save(tmp_path / "stream")
     resumed = SinkCache.load(tmp_path / "stream", model.config)
     more: list[Any] = [

@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGe
 
 from attention_sinks import SinkCache, sink_generate
 
-from .models import ARCHITECTURES, build_config, build_model, random_ids, relative_error, tiny_model
+from .models import ARCHITECTURES, CACHE, build_config, build_model, random_ids, relative_error, tiny_model
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -23,8 +23,8 @@ def test_below_the_window_generate_is_bitwise_that_of_a_dynamic_cache(architectu
         "return_dict_in_generate": True,
     }
     ids = random_ids(20, batch_size=2)
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
-    output = model.generate(ids, past_key_values=SinkCache(model.config, 50, 4), **options)
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options)
+    output = model.generate(ids, **{CACHE: SinkCache(model.config, 50, 4)}, **options)
     assert torch.equal(output.sequences, expected.sequences)
     for logits, expected_logits in zip(output.logits, expected.logits, strict=True):
         assert torch.equal(logits, expected_logits)
@@ -40,33 +40,33 @@ def test_generate_is_a_loop_of_single_tokens(architecture: str) -> None:
         model, ids, window_length=16, max_new_tokens=60, do_sample=False, output_logits=True,
         return_dict_in_generate=True,
     )  # fmt: skip
-    assert output.past_key_values.get_seq_length() == 69
-    assert output.past_key_values.kept_length == 16
+    assert output[CACHE].get_seq_length() == 69
+    assert output[CACHE].kept_length == 16
     cache = SinkCache(model.config, window_length=16)
-    logits = model(ids, past_key_values=cache).logits[:, -1]
+    logits = model(ids, **{CACHE: cache}).logits[:, -1]
     for step, generated in enumerate(output.logits):
         assert relative_error(generated, logits) < 1e-5
         token = output.sequences[:, 10 + step : 11 + step]
-        logits = model(token, past_key_values=cache).logits[:, -1]
+        logits = model(token, **{CACHE: cache}).logits[:, -1]
 
 
 def test_a_cache_is_continued_with_the_whole_conversation() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
     first: Any = sink_generate(model, random_ids(10), window_length=16, **options, return_dict_in_generate=True)
-    cache = first.past_key_values
+    cache = first[CACHE]
     again = copy.deepcopy(cache)
     follow_up = torch.cat([first.sequences, random_ids(5, seed=1)], dim=1)
     second: Any = sink_generate(model, follow_up, past_key_values=cache, **options)
     assert second.shape[1] == 10 + 30 + 5 + 30
     assert cache.get_seq_length() == second.shape[1] - 1
-    assert torch.equal(second, model.generate(follow_up, past_key_values=again, **options))
+    assert torch.equal(second, model.generate(follow_up, **{CACHE: again}, **options))
 
 
 def test_beams_below_the_window_are_those_of_a_dynamic_cache() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 20, "do_sample": False}
-    expected = model.generate(random_ids(10), past_key_values=DynamicCache(config=model.config), **options)
+    expected = model.generate(random_ids(10), **{CACHE: DynamicCache(config=model.config)}, **options)
     output: Any = sink_generate(model, random_ids(10), window_length=64, **options)
     assert torch.equal(output, expected)
 
@@ -87,7 +87,7 @@ def test_a_cache_that_the_generation_config_asks_for_is_overruled() -> None:
     model = build_model(build_config("llama", num_hidden_layers=1))
     model.generation_config.cache_implementation = "static"
     output: Any = sink_generate(model, random_ids(5), window_length=8, max_new_tokens=9, return_dict_in_generate=True)
-    assert isinstance(output.past_key_values, SinkCache)
+    assert isinstance(output[CACHE], SinkCache)
 
 
 def test_sampling_beams_and_several_sequences_run_past_the_window() -> None:
@@ -98,7 +98,7 @@ def test_sampling_beams_and_several_sequences_run_past_the_window() -> None:
             model, random_ids(10), window_length=16, max_new_tokens=40, **options, return_dict_in_generate=True
         )
         assert output.sequences.shape[1] == 50
-        assert output.past_key_values.kept_length == 16
+        assert output[CACHE].kept_length == 16
 
 
 def test_sampled_text_does_not_depend_on_whether_the_cache_was_derived_before() -> None:
@@ -115,14 +115,14 @@ def test_a_model_config_that_switches_caches_off_is_overruled() -> None:
     model = build_model(build_config("llama", num_hidden_layers=1, use_cache=False))
     model.generation_config.use_cache = False
     output: Any = sink_generate(model, random_ids(5), window_length=8, max_new_tokens=20, return_dict_in_generate=True)
-    assert output.past_key_values.kept_length == 8
+    assert output[CACHE].kept_length == 8
 
 
 def test_bad_input_is_refused_before_anything_is_generated() -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     ids = random_ids(5, batch_size=2)
     for other in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9), ()):
-        with pytest.raises(TypeError, match=f"`past_key_values` must be a SinkCache, got {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"`cache` must be a SinkCache, got {type(other).__name__}"):
             sink_generate(model, ids, past_key_values=other)  # type: ignore[arg-type]
     cache = SinkCache(model.config, 50)
     with pytest.raises(ValueError, match="`window_length` of a cache cannot change: got window_length=60 .* with 50"):

@@ -9,7 +9,7 @@ import torch
 
 from attention_sinks import SinkCache, sink_generate
 
-from .models import random_ids, tiny_model
+from .models import CACHE, random_ids, tiny_model
 
 FOLDER = Path(__file__).parent.parent / "hub"
 
@@ -30,11 +30,11 @@ def test_the_repository_generates_as_the_package_does(hub: str) -> None:
     output = model.generate(ids, custom_generate=hub, trust_remote_code=True, window_length=20, **options)
     expected: Any = sink_generate(model, ids, window_length=20, **options)
     assert torch.equal(output.sequences, expected.sequences)
-    cache = output.past_key_values
+    cache = output[CACHE]
     assert isinstance(cache, SinkCache)
     assert (cache.window_length, cache.num_sink_tokens, cache.kept_length) == (20, 4, 20)
     output = model.generate(input_ids=ids, custom_generate=hub, trust_remote_code=True, **options)
-    assert (output.past_key_values.window_length, output.past_key_values.num_sink_tokens) == (256, 4)
+    assert (output[CACHE].window_length, output[CACHE].num_sink_tokens) == (256, 4)
 
 
 def test_the_model_classes_of_older_versions_are_answered_with_the_new_way() -> None:

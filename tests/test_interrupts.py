@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention_sinks import SinkCache
 
-from .models import random_ids, relative_error, tiny_model
+from .models import CACHE, random_ids, relative_error, tiny_model
 from .test_files import LATER, model_of
 
 W, S = 12, 2
@@ -79,7 +79,7 @@ def read(model: Any, cache: SinkCache, ids: Tensor) -> Tensor:
     if cache.rows.base > 0:
         more["position_ids"] = torch.arange(seen, seen + ids.shape[1])[None] - cache.rows.base
     with cache.lowers_positions():
-        logits: Tensor = model(ids, past_key_values=cache, **more).logits
+        logits: Tensor = model(ids, **{CACHE: cache}, **more).logits
     return logits
 
 

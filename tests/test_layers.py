@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from attention_sinks import Rotation, SinkCache
 
-from .models import VOCAB_SIZE, build_model, random_ids, relative_error
+from .models import CACHE, VOCAB_SIZE, build_model, random_ids, relative_error
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "DeepseekV32Config"), reason="early transformers 5 has no such layers"
@@ -59,7 +59,7 @@ def feed(model: Any, cache: Any, ids: Tensor) -> Tensor:
     logits, seen = [], cache.get_seq_length()
     for chunk in ids.split([5, 1, 1, 4, 1, *[1] * (ids.shape[1] - 12)], dim=1):
         positions = torch.arange(seen, seen + chunk.shape[1])[None]
-        logits.append(model(chunk, position_ids=positions, past_key_values=cache).logits)
+        logits.append(model(chunk, position_ids=positions, **{CACHE: cache}).logits)
         seen += chunk.shape[1]
     return torch.cat(logits, dim=1)
 
@@ -107,8 +107,8 @@ def test_positions_are_wound_back_in_every_ring(model: Any) -> None:
     assert cache.position_offsets == 18
     for t in range(30, 45):
         token = random_ids(1, seed=t)
-        logits = model(token, position_ids=torch.tensor([[t - 18]]), past_key_values=cache).logits
-        expected = model(token, position_ids=torch.tensor([[t]]), past_key_values=other).logits
+        logits = model(token, position_ids=torch.tensor([[t - 18]]), **{CACHE: cache}).logits
+        expected = model(token, position_ids=torch.tensor([[t]]), **{CACHE: other}).logits
         assert relative_error(logits, expected) < 1e-4
 
 
@@ -117,7 +117,7 @@ def test_a_stream_that_is_counted_anew_goes_on_as_before(model: Any) -> None:
     ids, start = random_ids(120), 0
     for length in [7, 1, 1, 9, 1, 1, 1, 20, 3, *[1] * 40]:
         chunk, start = ids[:, start : start + length], start + length
-        logits, expected = (model(chunk, past_key_values=each).logits for each in (cache, other))
+        logits, expected = (model(chunk, **{CACHE: each}).logits for each in (cache, other))
         assert relative_error(logits, expected) < 1e-4
         if start % 3 == 0:
             cache.compact()
@@ -143,7 +143,7 @@ def test_autograd_changes_nothing_in_a_padded_batch(model: Any) -> None:
                 seen = cache.get_seq_length() + new.shape[1]
                 positions = (mask[:, :seen].cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
                 more = {"attention_mask": mask[:, :seen], "position_ids": positions}
-                logits = model(new, past_key_values=cache, **more).logits[:, -1].detach()
+                logits = model(new, **{CACHE: cache}, **more).logits[:, -1].detach()
                 outputs.append(logits)
     for logits, expected in zip(outputs[31:], outputs[:31], strict=True):
         assert relative_error(logits, expected) < 1e-5
@@ -159,7 +159,7 @@ def test_a_crop_is_exact_or_refused(model: Any) -> None:
     else:
         cache.crop(-1)
         positions = torch.tensor([[11]])
-        logits = model(ids[:, 11:12], position_ids=positions, past_key_values=cache).logits
+        logits = model(ids[:, 11:12], position_ids=positions, **{CACHE: cache}).logits
         assert relative_error(logits, expected[:, -1:]) < 1e-5
     assert cache.get_seq_length() == 12
     more = random_ids(15, seed=1)
@@ -174,7 +174,7 @@ def test_a_forward_pass_interrupted_before_an_indexer_is_noticed(model: Any) -> 
     layer = cache.layers[-1]
     layer.indexer.seen -= 1
     with pytest.raises(RuntimeError, match="interrupted"):
-        model(random_ids(1), position_ids=torch.tensor([[20]]), past_key_values=cache)
+        model(random_ids(1), position_ids=torch.tensor([[20]]), **{CACHE: cache})
 
 
 def test_the_rotation_of_an_indexer_cannot_be_stated_by_hand(model: Any) -> None:

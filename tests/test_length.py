@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
 from attention_sinks.cache import SinkLayer
 
-from .models import build_config, build_model, random_ids, relative_error, tiny_model
+from .models import CACHE, build_config, build_model, random_ids, relative_error, tiny_model
 from .test_session import byte_tokenizer
 
 W, S = 16, 4
@@ -41,7 +41,7 @@ def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
 
 def feed(model: Any, cache: SinkCache, ids: Tensor) -> None:
     for token in ids.split(1, dim=1):
-        model(token, past_key_values=cache)
+        model(token, **{CACHE: cache})
 
 
 def age(cache: SinkCache, offset: int, wound_back: bool) -> int:
@@ -115,7 +115,7 @@ def test_padded_rows_go_on_after_any_number_of_tokens(offset: int) -> None:
         first: Any = sink_generate(
             model, ids, attention_mask=mask, window_length=W, num_sink_tokens=S, max_new_tokens=40, **OPTIONS
         )
-        cache = first.past_key_values
+        cache = first[CACHE]
         age(cache, older, wound_back=True)
         outputs.append(
             sink_generate(model, first.sequences[:, -1:], past_key_values=cache, max_new_tokens=100, **OPTIONS)
@@ -158,7 +158,7 @@ def test_the_error_of_a_generated_stream_does_not_grow_with_it() -> None:
 
 def generated(model: Any, cache: SinkCache, ids: Tensor) -> None:
     mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
-    model.generate(ids[:, :1], attention_mask=mask, past_key_values=cache, max_new_tokens=200, eos_token_id=None)
+    model.generate(ids[:, :1], attention_mask=mask, **{CACHE: cache}, max_new_tokens=200, eos_token_id=None)
 
 
 @pytest.mark.parametrize("run", [generated, feed])
@@ -182,7 +182,7 @@ def test_a_loop_of_ones_own_goes_on_for_ever_by_counting_anew() -> None:
     for t, token in enumerate(random_ids(200, seed=1).split(1, dim=1)):
         if t % 50 == 0:
             cache.compact()
-        logits, expected = (model(token, past_key_values=each).logits for each in (cache, other))
+        logits, expected = (model(token, **{CACHE: each}).logits for each in (cache, other))
         assert relative_error(logits, expected) < 1e-3
 
 

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, StoppingCriteriaList
 
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
-from .models import ARCHITECTURES, VOCAB_SIZE, build_config, build_model, random_ids, relative_error, tiny_model
+from .models import ARCHITECTURES, CACHE, VOCAB_SIZE, build_config, build_model, random_ids, relative_error, tiny_model
 
 W, S = 16, 4
 LATER = hasattr(Cache, "activate_past_recording")
@@ -60,17 +60,17 @@ def padded(lengths: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
 def scored(model: Any, ids: Tensor, prompt_length: int) -> Tensor:
     """Logits `[1, new, vocab]` with which a text is continued when its prompt is read at once, then single tokens."""
     cache = SinkCache(model.config, W, S)
-    logits = [model(ids[:, :prompt_length], past_key_values=cache).logits[:, -1:]]
+    logits = [model(ids[:, :prompt_length], **{CACHE: cache}).logits[:, -1:]]
     for t in range(prompt_length, ids.shape[1] - 1):
         positions = {} if model.config.model_type == "mpt" else {"position_ids": torch.tensor([[t]])}
-        logits.append(model(ids[:, t : t + 1], past_key_values=cache, **positions).logits)
+        logits.append(model(ids[:, t : t + 1], **{CACHE: cache}, **positions).logits)
     return torch.cat(logits, dim=1)
 
 
 def by_token(model: Any, ids: Tensor, cache: SinkCache | None = None) -> Tensor:
     """Logits `[1, length, vocab]` of a text fed token by token."""
     cache = SinkCache(model.config, W, S) if cache is None else cache
-    return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+    return torch.cat([model(token, **{CACHE: cache}).logits for token in ids.split(1, dim=1)], dim=1)
 
 
 def prefilled(model: Any, ids: Tensor, cache: SinkCache, chunk_size: int) -> Tensor:
@@ -117,7 +117,7 @@ def test_a_returned_row_is_what_it_is_alone(architecture: str, prompts: str, opt
             assert relative_error(logits, expected) < 1e-4
             if not options:
                 assert torch.equal(text[0, row.shape[1] :], expected[0].argmax(-1))
-    cache = output.past_key_values
+    cache = output[CACHE]
     assert cache.get_seq_length() == ids.shape[1] + new - 1
     assert cache.kept_length == min(W, cache.get_seq_length())
 
@@ -151,9 +151,7 @@ def test_chunks_are_what_single_tokens_are(architecture: str, chunk_size: int, i
     whole = torch.ones(3, 71, dtype=torch.long)
     whole[:, :70] = mask
     positions = whole.sum(dim=1, keepdim=True) - 1
-    logits = model(
-        random_ids(1).repeat(3, 1), attention_mask=whole, position_ids=positions, past_key_values=cache
-    ).logits
+    logits = model(random_ids(1).repeat(3, 1), attention_mask=whole, position_ids=positions, **{CACHE: cache}).logits
     model.set_attn_implementation("sdpa")
     for i, row in enumerate(rows):
         alone = by_token(model, torch.cat([row, random_ids(1)], dim=1))[:, -1:]
@@ -231,13 +229,13 @@ def test_rejected_candidates_leave_no_trace(helper: str, layers: int) -> None:
     output: Any = sink_generate(model, ids, max_new_tokens=8, **PLAIN, **options)
     assert torch.equal(output.sequences, greedy.sequences)
     output = sink_generate(model, ids, max_new_tokens=60, **PLAIN, **options)
-    cache = output.past_key_values
+    cache = output[CACHE]
     assert cache.get_seq_length() == 65
     assert cache.kept_length == W
     if layers == 1:
         expected = by_token(model, output.sequences)[:, -1]
         positions = torch.tensor([[65]])
-        logits = model(output.sequences[:, -1:], position_ids=positions, past_key_values=cache).logits[:, -1]
+        logits = model(output.sequences[:, -1:], position_ids=positions, **{CACHE: cache}).logits[:, -1]
         assert relative_error(logits, expected) < 1e-4
 
 
@@ -247,7 +245,8 @@ def test_candidates_in_a_second_turn_are_those_of_greedy_decoding(chunk_size: in
     options: dict[str, Any] = {**CONTINUED, "eos_token_id": VOCAB_SIZE - 1, "max_new_tokens": 12}
     for seed in range(4):
         pattern = random_ids(5, seed=seed).repeat(1, 4)
-        for helper in ({}, {"prompt_lookup_num_tokens": 3}):
+        helpers: list[dict[str, Any]] = [{}, {"prompt_lookup_num_tokens": 3}]
+        for helper in helpers:
             cache = SinkCache(model.config, 200)
             first: Any = sink_generate(model, pattern, past_key_values=cache, **options)
             text = torch.cat([first.sequences, pattern], dim=1)
@@ -348,7 +347,7 @@ def test_positions_are_wound_back_before_they_end(name: str, options: dict[str, 
             assert abs(float(output.sequences_scores[i]) - steps / 200) < 1e-3
     if "num_beams" not in options:
         more: Any = sink_generate(
-            model, output.sequences, past_key_values=output.past_key_values, max_new_tokens=30, **CONTINUED
+            model, output.sequences, past_key_values=output[CACHE], max_new_tokens=30, **CONTINUED
         )
         text = more.sequences[:1, ids.shape[1] - rows[0].shape[1] :]
         held = [*range(S), *range(text.shape[1] - 1 - W + S, text.shape[1] - 1)]
@@ -366,7 +365,7 @@ def test_a_loop_and_plain_generate_are_refused_where_positions_end(name: str) ->
     if name != "longrope":  # Phi-3's own `prepare_inputs_for_generation` drops any cache there
         cache = SinkCache(model.config, W, S)
         with pytest.raises(ValueError, match="after 40 tokens"):
-            model.generate(random_ids(10), past_key_values=cache, max_new_tokens=60, eos_token_id=None)
+            model.generate(random_ids(10), **{CACHE: cache}, max_new_tokens=60, eos_token_id=None)
 
 
 @pytest.mark.skipif(not LATER, reason="RoFormer of early transformers 5 needs a key for every token seen")
@@ -389,7 +388,7 @@ def test_turns_are_those_of_a_loop_however_they_are_given(lengths: list[int]) ->
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded(lengths)
     first: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=12, **PLAIN)
-    whole, only = first.past_key_values, copy.deepcopy(first.past_key_values)
+    whole, only = first[CACHE], copy.deepcopy(first[CACHE])
     masked = copy.deepcopy(only)
     text, text_mask = first.sequences, torch.nn.functional.pad(mask, (0, 12), value=1)
     for turn in range(3):
@@ -407,7 +406,7 @@ def test_turns_are_those_of_a_loop_however_they_are_given(lengths: list[int]) ->
         assert torch.equal(a.sequences[:, text.shape[1] :], b.sequences[:, unseen.shape[1] :])
         assert torch.equal(a.sequences[:, text.shape[1] :], c.sequences[:, unseen.shape[1] :])
         positions = (text_mask.cumsum(1) - 1)[:, -8:]
-        logits = model(unseen, attention_mask=text_mask, position_ids=positions, past_key_values=manual).logits[:, -1]
+        logits = model(unseen, attention_mask=text_mask, position_ids=positions, **{CACHE: manual}).logits[:, -1]
         assert relative_error(a.logits[0], logits) < 1e-5
         text, text_mask = a.sequences, torch.nn.functional.pad(text_mask, (0, 9), value=1)
     assert whole.get_seq_length() == only.get_seq_length() == text.shape[1] - 1
@@ -418,7 +417,7 @@ def test_turns_are_read_in_chunks_however_they_are_given(chunk_size: int) -> Non
     model = tiny_model("llama", num_hidden_layers=2)
     rows, ids, mask = padded([3, 12])
     first: Any = sink_generate(model, ids, attention_mask=mask, prefill_chunk_size=4, max_new_tokens=12, **PLAIN)
-    cache, other = first.past_key_values, copy.deepcopy(first.past_key_values)
+    cache, other = first[CACHE], copy.deepcopy(first[CACHE])
     said = random_ids(7, batch_size=2, seed=1).clamp(min=1)
     text, unseen = torch.cat([first.sequences, said], dim=1), torch.cat([first.sequences[:, -1:], said], dim=1)
     options: dict[str, Any] = {**CONTINUED, "prefill_chunk_size": chunk_size, "max_new_tokens": 9}
@@ -463,10 +462,10 @@ def test_a_cache_whose_positions_were_wound_back_is_refused_elsewhere() -> None:
     architecture, changes = ENDING["dynamic"]
     model = build_model(build_config(architecture, num_hidden_layers=1, **changes))
     output: Any = sink_generate(model, random_ids(10).clamp(min=1), max_new_tokens=60, **PLAIN)
-    cache = output.past_key_values
+    cache = output[CACHE]
     before = cache.get_seq_length()
     with pytest.raises(ValueError, match="Continue it with `sink_generate` or `sink_prefill`"):
-        model.generate(output.sequences, past_key_values=cache, max_new_tokens=5)
+        model.generate(output.sequences, **{CACHE: cache}, max_new_tokens=5)
     assert cache.get_seq_length() == before
 
 
@@ -475,7 +474,7 @@ def test_beams_continue_a_row_that_was_generated_greedily() -> None:
     rows, ids, mask = padded([5, 12])
     first: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=12, **PLAIN)
     output: Any = sink_generate(
-        model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=9, num_beams=3, **CONTINUED
+        model, first.sequences, past_key_values=first[CACHE], max_new_tokens=9, num_beams=3, **CONTINUED
     )
     for i, row in enumerate(rows):
         text = output.sequences[i : i + 1, 12 - row.shape[1] :]
@@ -489,12 +488,12 @@ def test_recording_ends_with_the_call_that_needed_it() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     ids = torch.tensor([[5, 6, 7] * 4])
     first: Any = sink_generate(model, ids, max_new_tokens=20, prompt_lookup_num_tokens=3, **PLAIN)
-    cache = first.past_key_values
+    cache = first[CACHE]
     assert cache.is_recording_past(0)
     other = copy.deepcopy(cache)
     output: Any = sink_generate(model, first.sequences, past_key_values=cache, max_new_tokens=20, **CONTINUED)
     assert not cache.is_recording_past(0)
-    expected = model.generate(first.sequences, past_key_values=other, max_new_tokens=20, **CONTINUED)
+    expected = model.generate(first.sequences, **{CACHE: other}, max_new_tokens=20, **CONTINUED)
     assert torch.equal(output.sequences, expected.sequences)
 
 
@@ -503,13 +502,13 @@ def test_recorded_tokens_of_a_padded_row_can_all_be_taken_back() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded([5, 30])
     output: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=5, **PLAIN)
-    cache, other = output.past_key_values, copy.deepcopy(output.past_key_values)
+    cache, other = output[CACHE], copy.deepcopy(output[CACHE])
     cache.activate_past_recording()
     whole = torch.nn.functional.pad(mask, (0, 7), value=1)
     more = {"attention_mask": whole, "position_ids": (whole.cumsum(1) - 1)[:, -3:]}
-    model(random_ids(3, batch_size=2), past_key_values=cache, **more)
+    model(random_ids(3, batch_size=2), **{CACHE: cache}, **more)
     cache.crop(-3)
-    logits, expected = (model(random_ids(3, 2, seed=1), past_key_values=x, **more).logits for x in (cache, other))
+    logits, expected = (model(random_ids(3, 2, seed=1), **{CACHE: x}, **more).logits for x in (cache, other))
     assert relative_error(logits, expected) < 1e-5
 
 
@@ -541,11 +540,11 @@ def test_an_unannounced_padded_batch_is_refused_and_what_it_says_helps() -> None
     _, ids, mask = padded([4, 9])
     cache = SinkCache(model.config, W, S)
     with pytest.raises(ValueError, match=r"SinkCache\(config, ..., attention_mask=attention_mask\)"):
-        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20)
+        model.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=20)
     assert not cache.is_initialized
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     cache = SinkCache(model.config, W, S, attention_mask=mask)
-    output = model.generate(ids, past_key_values=cache, eos_token_id=None, **options)
+    output = model.generate(ids, **{CACHE: cache}, eos_token_id=None, **options)
     expected: Any = sink_generate(model, ids, window_length=W, eos_token_id=None, **options)
     assert torch.equal(output, expected)
 
@@ -554,7 +553,7 @@ def test_the_padding_of_a_stream_cannot_change() -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     _, ids, mask = padded([4, 9])
     output: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=5, **PLAIN)
-    cache = output.past_key_values
+    cache = output[CACHE]
     before = cache.get_seq_length()
     with pytest.raises(ValueError, match="`attention_mask` must say of the text so far what it said before"):
         sink_generate(model, output.sequences, attention_mask=torch.ones_like(output.sequences), past_key_values=cache)
@@ -598,7 +597,7 @@ def test_rows_that_do_not_fit_the_mask_are_refused() -> None:
     _, ids, mask = padded([4, 9])
     cache = SinkCache(model.config, W, S, attention_mask=mask)
     with pytest.raises(ValueError, match="`attention_mask` must have a row for each of the 3 sequences"):
-        model(ids[[0, 1, 1]], past_key_values=cache)
+        model(ids[[0, 1, 1]], **{CACHE: cache})
     assert not cache.is_initialized
 
 
@@ -606,7 +605,7 @@ def test_padding_past_the_window_is_exact_after_any_choice_of_rows() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     rows, ids, mask = padded([4, 9, 30])
     output: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=10, **PLAIN)
-    cache, chosen = output.past_key_values, [2, 0]
+    cache, chosen = output[CACHE], [2, 0]
     cache.batch_select_indices(torch.tensor(chosen))
     more: Any = sink_generate(model, output.sequences[chosen], past_key_values=cache, max_new_tokens=20, **CONTINUED)
     for i, row in enumerate(chosen):
@@ -645,9 +644,9 @@ def test_pads_that_a_chunked_layer_still_holds_stay_hidden() -> None:
     rows, ids, mask = padded([17, 20])
     new = random_ids(5, batch_size=2, seed=1).clamp(min=1)
     first: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=4, **PLAIN)
-    batch: Any = sink_generate(model, new, past_key_values=first.past_key_values, max_new_tokens=9, **CONTINUED)
+    batch: Any = sink_generate(model, new, past_key_values=first[CACHE], max_new_tokens=9, **CONTINUED)
     alone_first: Any = sink_generate(model, rows[0], max_new_tokens=4, **PLAIN)
-    cache = alone_first.past_key_values
+    cache = alone_first[CACHE]
     alone: Any = sink_generate(model, new[:1], past_key_values=cache, max_new_tokens=9, **CONTINUED)
     for in_batch, by_itself in zip(batch.logits, alone.logits, strict=True):
         assert relative_error(in_batch[:1], by_itself) < 1e-4
@@ -658,18 +657,18 @@ def test_early_transformers_cannot_take_candidates_back_in_a_turn_of_new_tokens_
     model = tiny_model("llama", num_hidden_layers=2)
     first: Any = sink_generate(model, random_ids(20), max_new_tokens=4, **PLAIN)
     with pytest.raises(NotImplementedError, match="`assistant_model` with only what is new"):
-        sink_generate(model, random_ids(5), past_key_values=first.past_key_values, assistant_model=model, **CONTINUED)
-    assert first.past_key_values.get_seq_length() == 23
+        sink_generate(model, random_ids(5), past_key_values=first[CACHE], assistant_model=model, **CONTINUED)
+    assert first[CACHE].get_seq_length() == 23
 
 
 def test_positions_that_are_none_are_those_of_the_stream() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     first: Any = sink_generate(model, random_ids(20), max_new_tokens=4, **PLAIN)
-    copied = copy.deepcopy(first.past_key_values)
+    copied = copy.deepcopy(first[CACHE])
     a: Any = sink_generate(
         model, random_ids(5), past_key_values=copied, position_ids=None, max_new_tokens=5, **CONTINUED
     )
-    b: Any = sink_generate(model, random_ids(5), past_key_values=first.past_key_values, max_new_tokens=5, **CONTINUED)
+    b: Any = sink_generate(model, random_ids(5), past_key_values=first[CACHE], max_new_tokens=5, **CONTINUED)
     assert torch.equal(torch.stack(a.logits), torch.stack(b.logits))
 
 
@@ -680,8 +679,8 @@ def test_a_refused_call_winds_nothing_back(wrong: dict[str, Any]) -> None:
     options = {"max_new_tokens": 5, **CONTINUED, **wrong}
     ids = random_ids(30, batch_size=options.pop("rows", 1)).clamp(min=1)
     with pytest.raises(ValueError):  # noqa: PT011  # each in its own words
-        sink_generate(model, ids, past_key_values=first.past_key_values, **options)
-    assert first.past_key_values.rows.base == 0
+        sink_generate(model, ids, past_key_values=first[CACHE], **options)
+    assert first[CACHE].rows.base == 0
 
 
 def test_caches_of_several_threads_on_one_model_do_not_disturb_each_other() -> None:
@@ -707,7 +706,7 @@ def test_padded_rows_that_are_counted_anew_go_on_as_before(steps: int) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded([4, 9, 30])
     output: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=steps, **PLAIN)
-    cache, other = output.past_key_values, copy.deepcopy(output.past_key_values)
+    cache, other = output[CACHE], copy.deepcopy(output[CACHE])
     cache.compact()
     assert cache.get_seq_length() == cache.kept_length == W
     last = output.sequences[:, -1:]
@@ -732,6 +731,6 @@ def test_a_dynamic_cache_is_equalled_below_the_window_with_padding() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded([4, 9])
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), eos_token_id=None, **options)
+    expected = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, eos_token_id=None, **options)
     output: Any = sink_generate(model, ids, window_length=W, eos_token_id=None, **options)
     assert torch.equal(output, expected)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attention_sinks import SinkCache
 
-from .models import ARCHITECTURES, build_config, build_model, random_ids, relative_error, tiny_model
+from .models import ARCHITECTURES, CACHE, build_config, build_model, random_ids, relative_error, tiny_model
 from .reference import StreamingLlama
 
 EDGES = [(16, 4), (16, 0), (16, 15), (2, 1), (1, 0)]
@@ -39,7 +39,7 @@ def test_one_layer_decodes_as_on_the_kept_tokens_alone(
     ids = random_ids(3 * window_length + 5, batch_size=2)
     cache = SinkCache(model.config, window_length, num_sink_tokens)
     for token in range(ids.shape[1]):
-        logits = model(ids[:, token : token + 1], past_key_values=cache).logits
+        logits = model(ids[:, token : token + 1], **{CACHE: cache}).logits
         held = kept(token + 1, window_length, num_sink_tokens)
         assert relative_error(logits, without_cache(model, ids, held[:-1], held[-1:])) < 1e-4
 
@@ -56,7 +56,7 @@ def test_one_layer_reads_chunks_as_after_the_window_of_their_first_token(
     seen = 0
     for length in (7, 2, 13, 1, 5, 20, 3, 1, 1, 9):
         new = list(range(seen, seen + length))
-        logits = model(ids[:, new], past_key_values=cache).logits
+        logits = model(ids[:, new], **{CACHE: cache}).logits
         held = kept(seen + 1, window_length, num_sink_tokens)[:-1] if seen else []
         assert relative_error(logits, without_cache(model, ids, held, new)) < 1e-4
         seen += length
@@ -69,11 +69,11 @@ def test_a_first_prompt_longer_than_the_window_gets_full_attention_and_leaves_a_
     ids = random_ids(51)
     cache = SinkCache(model.config, window_length=16, num_sink_tokens=4)
     prompt, token = ids[:, :50], ids[:, 50:]
-    assert relative_error(model(prompt, past_key_values=cache).logits, model(prompt, use_cache=False).logits) < 1e-5
+    assert relative_error(model(prompt, **{CACHE: cache}).logits, model(prompt, use_cache=False).logits) < 1e-5
     assert cache.kept_length == 16
     held = kept(51, 16, 4)
     expected = without_cache(model, ids, held[:-1], held[-1:])
-    assert relative_error(model(token, past_key_values=cache).logits, expected) < 1e-4
+    assert relative_error(model(token, **{CACHE: cache}).logits, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("window_length", "num_sink_tokens"), EDGES)
@@ -86,7 +86,7 @@ def test_many_layers_follow_the_papers_rule(window_length: int, num_sink_tokens:
     cache = SinkCache(config, window_length, num_sink_tokens)
     ids = random_ids(400)
     for token in range(ids.shape[1]):
-        logits = model(ids[:, token : token + 1], past_key_values=cache).logits[0, 0]
+        logits = model(ids[:, token : token + 1], **{CACHE: cache}).logits[0, 0]
         assert relative_error(logits, reference.step(int(ids[0, token])).float()) < 1e-4
 
 
@@ -97,11 +97,11 @@ def test_after_a_crop_the_next_tokens_attend_to_what_is_still_held(back: int) ->
     ids = random_ids(60)
     cache = SinkCache(model.config, window_length=16, num_sink_tokens=4)
     for token in range(40):
-        model(ids[:, token : token + 1], past_key_values=cache)
+        model(ids[:, token : token + 1], **{CACHE: cache})
     cache.crop(-back)
     held = [token for token in kept(40, 16, 4) if token < 40 - back]
     for token in range(40 - back, 60):
-        logits = model(ids[:, token : token + 1], past_key_values=cache).logits
+        logits = model(ids[:, token : token + 1], **{CACHE: cache}).logits
         held = held[:4] + held[4:][-11:]
         assert relative_error(logits, without_cache(model, ids, held, [token])) < 1e-4
         held.append(token)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, p
 from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
 from attention_sinks.__main__ import main
 
+from .models import CACHE
 from .reference import StreamingLlama
 
 pytestmark = pytest.mark.slow
@@ -62,7 +63,7 @@ def test_perplexity_is_that_of_the_papers_rule_and_far_below_window_attention(
     def through_cache(num_sink_tokens: int) -> float:
         cache = SinkCache(model.config, WINDOW_LENGTH, num_sink_tokens)
         return perplexity_past_the_window(
-            lambda token: model(torch.tensor([[token]]), past_key_values=cache).logits[0, 0], ids
+            lambda token: model(torch.tensor([[token]]), **{CACHE: cache}).logits[0, 0], ids
         )
 
     with_sinks = through_cache(4)
@@ -89,7 +90,7 @@ def test_the_pipeline_takes_the_cache(model: PreTrainedModel, folder: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(folder, **GGUF)
     generator: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
     options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
-    text = generator("Once upon a time", past_key_values=SinkCache(model.config, 24), **options)[0]["generated_text"]
+    text = generator("Once upon a time", **{CACHE: SinkCache(model.config, 24)}, **options)[0]["generated_text"]
     output: Any = sink_generate(
         model, **tokenizer("Once upon a time", return_tensors="pt"), window_length=24, **options
     )
@@ -100,7 +101,7 @@ def test_the_pipeline_takes_the_cache(model: PreTrainedModel, folder: Path) -> N
 def test_text_read_in_chunks_is_scored_as_text_fed_by_tokens(model: PreTrainedModel, ids: list[int]) -> None:
     cache = SinkCache(model.config, window_length=64)
     tokens = torch.tensor([ids[:200]])
-    expected = torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1)
+    expected = torch.cat([model(token, **{CACHE: cache}).logits for token in tokens.split(1, dim=1)], dim=1)
     outputs: list[Any] = list(sink_prefill(model, tokens, SinkCache(model.config, window_length=64), chunk_size=50))
     logits = torch.cat([output.logits for output in outputs], dim=1)
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4

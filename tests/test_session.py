@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from attention_sinks import SinkCache, SinkSession
 from attention_sinks.session import Detokenizer
 
-from .models import build_config, build_model, relative_error
+from .models import CACHE, build_config, build_model, relative_error
 
 CHATML = (
     "{% for m in messages %}"
@@ -106,8 +106,8 @@ def error_of(session: SinkSession, read: list[int]) -> float:
     assert len(pending) == 1
     fresh = SinkCache(config, cache.window_length, cache.num_sink_tokens)
     for token in [*read, *pending]:
-        expected = session.model(torch.tensor([[token]]), past_key_values=fresh).logits
-    return relative_error(session.model(torch.tensor([pending]), past_key_values=cache).logits[:, -1:], expected)
+        expected = session.model(torch.tensor([[token]]), **{CACHE: fresh}).logits
+    return relative_error(session.model(torch.tensor([pending]), **{CACHE: cache}).logits[:, -1:], expected)
 
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
@@ -481,7 +481,7 @@ def test_a_resumed_session_is_bitwise_the_one_that_never_stopped(
     assert (resumed._ids, resumed.tokens_seen) == (session._ids, session.tokens_seen)
     pending = torch.tensor([session._ids[session.cache.get_seq_length() :]])
     with torch.no_grad():
-        logits = [model(pending, past_key_values=each.cache).logits for each in (session, resumed)]
+        logits = [model(pending, **{CACHE: each.cache}).logits for each in (session, resumed)]
     assert torch.equal(*logits)
 
 

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         sink_generate(
             model,
             **inputs.to(options.device),
-            past_key_values=cache,
+            cache=cache,
             max_new_tokens=options.max_new_tokens,
             min_new_tokens=options.max_new_tokens,
             do_sample=True,

@@ -35,6 +35,7 @@ except ImportError:  # early transformers 5 has no such layers
     LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
 
 from . import files
+from .compat import PassWatch
 from .rope import LAST_POSITION, Positions, Rotation, derive_positions
 from .rows import Group, Rows, put, take
 
@@ -78,7 +79,7 @@ class SinkCache(Cache):
 
     Example:
         >>> cache = SinkCache(model.config, window_length=256, num_sink_tokens=4)
-        >>> output_ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=1000)
+        >>> output_ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=1000)  # or cache=cache
         >>> cache.get_seq_length(), cache.kept_length
         (1008, 256)
     """
@@ -185,6 +186,7 @@ class SinkCache(Cache):
         self._followers = frozenset(ring_layers[1:])
         self._reached = [layers[i] for i in reached]
         self._last_layer = reached[-1]
+        self.watch = PassWatch()
         self._begin_stream()
         # `generate` puts all pads at position 0, so that their states are equal; where states rotate, no others are.
         self._padding_guard = next((i for i, rotation in positions.rotations.items() if rotation is not None), None)
@@ -223,6 +225,11 @@ class SinkCache(Cache):
             RuntimeError: if an earlier forward pass, or a change of the cache, was interrupted half-way.
         """
         layer = self.layers[layer_idx]
+        if layer is self._first_ring:
+            if torch.compiler.is_compiling():
+                self.watch.moved = True
+            else:
+                self.watch.begin_pass(key_states.shape[2])
         # What concerns a whole step is checked before its first ring, and not again.
         if key_states.shape[2] != 1 or layer_idx not in self._followers or not layer.is_initialized:
             self._check_update(key_states, value_states, layer_idx)
@@ -355,6 +362,8 @@ class SinkCache(Cache):
                 that crosses the last position at which the model behaves as at the start.
         """
         self._check_lowered()
+        if not torch.compiler.is_compiling():
+            self.watch.mask_asked = True
         steps = self.rows.masked_for_step = self._first_ring.announces_step(query_length)
         if steps and not torch.compiler.is_compiling():
             self.rows.announced += 1
@@ -372,7 +381,7 @@ class SinkCache(Cache):
     def _check_lowered(self) -> None:
         if self.rows.base > 0 and not self.rows.lowered:
             raise ValueError(
-                f"`past_key_values` counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
+                f"The cache counts positions from {self.rows.base} tokens on, since `sink_generate` wound them "
                 "back. Continue it with `sink_generate` or `sink_prefill`."
             )
 
@@ -762,7 +771,6 @@ class SinkLayer(CacheLayerMixin):
     dtype: Any
     device: Any
     is_sliding = False
-    is_croppable = False  # past the window a crop leaves a trace
 
     def __init__(self, rows: "Rows", rotation: Rotation | None, in_order: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -781,6 +789,11 @@ class SinkLayer(CacheLayerMixin):
         self._cropped = 0  # how many tokens were evicted when some were taken back: no fewer are from then on
         self.record_past = False
         self._recorded: tuple[Tensor, Tensor] | None = None  # the last states, not stored before the next call
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """True while updates are recorded: then `crop` leaves no trace past the window either."""
+        return self.record_past
 
     @property
     def seen(self) -> int:
@@ -1167,6 +1180,11 @@ class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
     def crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
         SinkLayer.crop(self, tokens_to_remove)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """True while updates are recorded, unless there is a recurrent state, which has no way back."""
+        return self.record_past and not any(self.is_recurrent_states_initialized.values())
 
     def deactivate_past_recording(self) -> None:
         if self.record_past and self.is_initialized:

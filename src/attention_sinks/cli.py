@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, set_see
 from transformers.utils import logging
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache, SinkLayer
+from .compat import with_cache
 from .evaluate import binned, curves, perplexity_from, plot, write_csv
 from .generate import default_chunk_size, sink_generate
 from .load import load_model, source_of
@@ -194,7 +195,7 @@ def generate(
             loaded,
             **inputs,
             **sampling,
-            past_key_values=cache,
+            cache=cache,
             prefill_chunk_size=default_chunk_size(loaded, cache) if is_long else None,
             max_new_tokens=max_new_tokens,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -332,7 +333,7 @@ def _bytes_of(config: Any, cache: SinkCache, dtype: torch.dtype) -> tuple[int, i
     with torch.device("meta"), torch.no_grad():
         # The type in which transformers has every kernel.
         skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        skeleton(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        skeleton(torch.zeros(1, 1, dtype=torch.long), use_cache=True, **with_cache(skeleton.forward, cache))
     sizes = [0, 0]
     for layer in cache.layers:
         for each in (layer, getattr(layer, "indexer", None)):

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache import SinkCache
+from .compat import with_cache
 from .generate import last_logits_only, sink_prefill
 
 DENSE_CHUNK_SIZE = 256
@@ -86,7 +87,7 @@ def _through_all(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
     def logits() -> Iterator[Tensor]:
         cache = DynamicCache(config=model.config)
         for chunk in input_ids[:, :limit].split(DENSE_CHUNK_SIZE, dim=1):
-            yield _logits(model(input_ids=chunk, past_key_values=cache, use_cache=True))
+            yield _logits(model(input_ids=chunk, use_cache=True, **with_cache(model.forward, cache)))
 
     return _scored(input_ids, logits())
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
+from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache, with_cache
 
 # Wider chunks are somewhat faster (docs/benchmarks.md), and take memory for sinks that are repeated for every token.
 DEFAULT_CHUNK_SIZE = 64
@@ -33,6 +35,7 @@ def sink_generate(
     *,
     window_length: int = DEFAULT_WINDOW_LENGTH,
     num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+    cache: SinkCache | None = None,
     past_key_values: SinkCache | None = None,
     prefill_chunk_size: int | None = None,
     **generate_kwargs: Any,
@@ -46,9 +49,10 @@ def sink_generate(
         inputs: the prompt, as `generate` takes it; `input_ids=` or `**tokenizer(...)` do as well.
         window_length: the most tokens a layer of the cache holds, sinks included.
         num_sink_tokens: how many of the first tokens are never evicted.
-        past_key_values: the `SinkCache` of an earlier call, to continue it; it keeps its own window. The prompt is the
-            whole text so far, or only what is new. As `generate` has it, more tokens than were seen are the whole text,
-            unless `attention_mask` covers both what was seen and these.
+        cache: the `SinkCache` of an earlier call, to continue it; it keeps its own window. The prompt is the whole text
+            so far, or only what is new. As `generate` has it, more tokens than were seen are the whole text, unless
+            `attention_mask` covers both what was seen and these.
+        past_key_values: the same by its name in earlier versions of `transformers`; give one of the two.
         prefill_chunk_size: read the prompt in chunks of so many tokens, each token with exactly its own window, as if
             the prompt were fed token by token, in memory for `window_length + prefill_chunk_size` tokens. A prompt
             longer than the model's `max_position_embeddings` is read so by default, a shorter one at once and with
@@ -56,18 +60,22 @@ def sink_generate(
         generate_kwargs: anything else that `model.generate` takes.
 
     Returns:
-        What `model.generate` returns; with `return_dict_in_generate=True` its `past_key_values` is the cache.
+        What `model.generate` returns; with `return_dict_in_generate=True` it holds the cache, as `cache` from
+        `transformers` 5.24 on and as `past_key_values`.
 
     Raises:
         TypeError, ValueError: naming the argument and its value, before anything is generated.
         NotImplementedError: naming the model type and the reason, for a model that cannot be supported exactly.
+        RuntimeError: if the installed `transformers` does not do what this function relies on, before a token is
+            returned.
     """
     if not isinstance(model, GenerationMixin):
         raise TypeError(f"`model` must be a transformers model that can generate, got {model.__class__.__name__}.")
-    if not isinstance(past_key_values, SinkCache | None):
+    continued = chosen_cache(cache, past_key_values)
+    if not isinstance(continued, SinkCache | None):
         raise TypeError(
-            f"`past_key_values` must be a SinkCache, got {past_key_values.__class__.__name__}. Leave it out to start a "
-            "new stream, or call `model.generate` for other caches."
+            f"`cache` must be a SinkCache, got {continued.__class__.__name__}. Leave it out to start a new stream, or "
+            "call `model.generate` for other caches."
         )
     if generate_kwargs.setdefault("use_cache", True) is not True:
         raise ValueError(
@@ -91,12 +99,13 @@ def sink_generate(
         raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
     _check_frequencies(model)
     settings = Settings(model, generate_kwargs)
-    started = past_key_values is not None and past_key_values.get_seq_length() > 0
+    positioned = generate_kwargs.get("position_ids") is not None
+    started = continued is not None and continued.get_seq_length() > 0
     input_ids, attention_mask = _prompt_of(inputs, generate_kwargs, None if started else settings)
-    if past_key_values is None:
+    if continued is None:
         cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=attention_mask)
     else:
-        cache = past_key_values
+        cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
         if not started and attention_mask is not None:
             cache.announce_padding(attention_mask)
@@ -136,7 +145,7 @@ def sink_generate(
                 raise NotImplementedError(
                     f"`{seen[0]}` is not supported with a prompt that is read in chunks of {chunk_size} tokens."
                 )
-            check_arguments(model, input_ids, {**generate_kwargs, "past_key_values": cache})
+            check_arguments(model, input_ids, cache, generate_kwargs)
             cache.deactivate_past_recording()
             # The last token is left to `generate`.
             for _ in _read(model, input_ids[:, -fresh:-1], cache, chunk_size, last_logits_only(model)):
@@ -144,15 +153,21 @@ def sink_generate(
         if cache.num_rows == len(input_ids) and repeats > 1:  # `generate` repeats the rows of the prompt alone
             cache.batch_repeat_interleave(repeats)
     cache.rows.eager_tokens = 0  # how the prompt was read says nothing about what follows
-    with _prepared_for(model, cache, absent):
-        return model.generate(input_ids, past_key_values=cache, **generate_kwargs)  # type: ignore[misc]
+    if generate_kwargs.get("streamer") is not None:
+        generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
+    with _prepared_for(model, cache, absent, counted=not positioned):
+        output: GenerateOutput | torch.LongTensor
+        output = model.generate(input_ids, **{cache_name(): cache}, **generate_kwargs)
+        return output
 
 
 def sink_prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
-    past_key_values: SinkCache,
+    cache: SinkCache | None = None,
     chunk_size: int | None = None,
+    *,
+    past_key_values: SinkCache | None = None,
     **model_kwargs: Any,
 ) -> Iterator[CausalLMOutputWithPast]:
     """Read a text of any length through a cache, in chunks: the outputs are those of feeding it token by token.
@@ -163,9 +178,10 @@ def sink_prefill(
     Args:
         model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
         input_ids: the new tokens, `[batch_size, length]`; the pads of a padded batch are known to the cache.
-        past_key_values: a cache, new or with earlier text.
+        cache: a `SinkCache`, new or with earlier text.
         chunk_size: how many tokens the model reads at once; by default 64, or 1 for a model whose masks cannot be
             replaced.
+        past_key_values: `cache` by its name in earlier versions of `transformers`; give one of the two.
         model_kwargs: more arguments of the model, `logits_to_keep=1` for instance.
 
     Yields:
@@ -174,20 +190,22 @@ def sink_prefill(
     Raises:
         TypeError, ValueError: naming the argument and its value.
         NotImplementedError: for a model whose masks cannot be replaced, unless `chunk_size` is 1.
+        RuntimeError: if the installed `transformers` does not do what this function relies on.
 
     Example:
         >>> cache = SinkCache(model.config, window_length=1024)
         >>> logits = [output.logits for output in sink_prefill(model, input_ids, cache)]
     """
-    if not isinstance(past_key_values, SinkCache):
-        raise TypeError(f"`past_key_values` must be a SinkCache, got {past_key_values.__class__.__name__}.")
+    chosen = chosen_cache(cache, past_key_values)
+    if not isinstance(chosen, SinkCache):
+        raise TypeError(f"`cache` must be a SinkCache, got {chosen.__class__.__name__}.")
     for name in model_kwargs.keys() & {"attention_mask", "position_ids"}:
         raise TypeError(
             f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
         )
     if chunk_size is None:
-        chunk_size = default_chunk_size(model, past_key_values)
-    yield from _read(model, input_ids, past_key_values, chunk_size, model_kwargs)
+        chunk_size = default_chunk_size(model, chosen)
+    yield from _read(model, input_ids, chosen, chunk_size, model_kwargs)
 
 
 @torch.no_grad()
@@ -209,6 +227,7 @@ def _read(
             f"`prefill_chunk_size` must be left out for a padded batch: this {model.config.model_type!r} model tells "
             "pads from tokens in its first chunk only. Read the rows one by one."
         )
+    asks_mask = asks_for_masks(model)
     while input_ids.shape[1] > 0:
         _wind_back(cache, min(chunk_size, input_ids.shape[1]))
         seen = cache.get_seq_length()
@@ -224,8 +243,14 @@ def _read(
             mask = _mask_of(cache, 0, chunk.new_empty(chunk.shape[0], seen + query_length))
         if _takes_positions(model):
             model_kwargs = {**model_kwargs, "position_ids": _lowered(cache, _positions(cache, seen, chunk))}
-        with cache.lowers_positions(), cache.windows(windowed):
-            output = model(input_ids=chunk, attention_mask=mask, past_key_values=cache, use_cache=True, **model_kwargs)
+        elif cache.rows.base > 0:
+            raise DriftError("the model takes no `position_ids`, by which positions are lowered")
+        with cache.watch.watching(), cache.lowers_positions(), cache.windows(windowed):
+            cache.watch.announce(query_length, asks_mask and not windowed)
+            arguments = {**model_kwargs, **with_cache(model.forward, cache)}
+            output = model(input_ids=chunk, attention_mask=mask, use_cache=True, **arguments)
+        if cache.get_seq_length() != seen + query_length:
+            raise DriftError(f"the cache counts {cache.get_seq_length()} tokens where {seen + query_length} were read")
         yield output
 
 
@@ -251,6 +276,14 @@ def _windowed_mask(model: PreTrainedModel, cache: SinkCache, seen: int, chunk: T
 def _attention(model: PreTrainedModel) -> str:
     name: str = model.config.get_text_config(decoder=True)._attn_implementation
     return name
+
+
+def asks_for_masks(model: PreTrainedModel) -> bool:
+    """True if the model leaves its masks to `transformers`, which asks the cache for their sizes."""
+    modules = {type(module).__module__ for module in model.modules()}
+    return _attention(model) in ALL_MASK_ATTENTION_FUNCTIONS and any(
+        hasattr(sys.modules[name], "create_causal_mask") for name in modules
+    )
 
 
 def _can_window(model: PreTrainedModel, cache: SinkCache) -> bool:
@@ -291,17 +324,23 @@ def _lowered(cache: SinkCache, position_ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _prepared_for(model: Any, cache: SinkCache, absent: int | None) -> Iterator[None]:
+def _prepared_for(model: Any, cache: SinkCache, absent: int | None, counted: bool) -> Iterator[None]:
     """Wind positions back whenever `generate` would come to their end, and give the model lower ones from then on.
 
     Where `generate` prepares a forward pass: a hook on the model would be compiled with it. `absent` is how many of the
-    tokens that the cache has seen are not in the prompt, if it has tokens.
+    tokens that the cache has seen are not in the prompt, if it has tokens; `counted`: positions are those that
+    `generate` counts.
     """
+    name, takes_positions, asks_mask = cache_name(), _takes_positions(model), asks_for_masks(model)
 
     def prepared(prepare: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not cache:
+        if kwargs.get(name) is not cache:
+            unknown = [key for key, value in kwargs.items() if value is cache]
+            if unknown:
+                raise DriftError(f"`generate` calls the cache `{unknown[0]}`")
             return prepare(*args, **kwargs)
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        unread = 0
         if absent is not None and given[0] is not None:
             # `generate` does not know how many tokens it is not given, and begins with some that may have been read.
             unread = given[0].shape[1] + absent - cache.get_seq_length()
@@ -311,28 +350,57 @@ def _prepared_for(model: Any, cache: SinkCache, absent: int | None) -> Iterator[
         longest = max(new.shape[1] for new in given if new is not None)
         _wind_back(cache, kwargs.get("next_sequence_length") or longest)
         model_inputs = prepare(*args, **kwargs)
-        if cache.ends and model_inputs.get("past_key_values") is None:
+        if cache.ends and all(model_inputs.get(each) is None for each in CACHE_NAMES):
             # Phi-3 and its kin drop the cache where their frequencies change, which positions here never come to.
             model_inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
+        new = model_inputs.get("input_ids")
+        new = model_inputs["inputs_embeds"] if new is None else new
+        if unread > 0 and new.shape[1] != unread:
+            raise DriftError(f"`generate` gives the model {new.shape[1]} tokens where {unread} are new to the cache")
+        positions = model_inputs.get("position_ids")
+        # Reading positions on another device would wait for it: twice shows how `generate` counts.
+        if counted and positions is not None and (positions.device.type == "cpu" or cache.watch.passes < 2):
+            _check_counted(cache, positions, new.shape[1])
         if cache.rows.base > 0:
-            positions = model_inputs.get("position_ids")
+            if not takes_positions:
+                raise DriftError("the model takes no `position_ids`, by which positions are lowered")
             if positions is None:
-                new = model_inputs.get("input_ids")
-                new = model_inputs["inputs_embeds"] if new is None else new
                 seen = cache.get_seq_length()
                 positions = torch.arange(seen, seen + new.shape[1], device=new.device)[None]
             model_inputs["position_ids"] = _lowered(cache, positions)
+        mask = model_inputs.get("attention_mask")
+        cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return model_inputs
 
-    with cache.lowers_positions(), _prepared_by(model, prepared):
+    with cache.watch.watching(), cache.lowers_positions(), _prepared_by(model, prepared):
         yield
+
+
+def _check_counted(cache: SinkCache, positions: Tensor, query_length: int) -> None:
+    """Check that `generate` counts positions `[batch_size, query_length]` as the cache does.
+
+    Raises:
+        RuntimeError: if the last one, which is never that of a pad, differs.
+    """
+    if positions.ndim != 2:  # positions in several dimensions
+        return
+    seen, rows = cache.get_seq_length(), positions.shape[0]
+    # Beams repeat the rows of the prompt before the cache knows of it.
+    padded_rows = rows if cache.rows.pads is None else len(cache.rows.pads)
+    last = _positions(cache, seen + query_length - 1, positions[:padded_rows, :1]).repeat_interleave(
+        rows // padded_rows, 0
+    )
+    if positions.shape[1] != query_length or not torch.equal(positions[:, -1:], last):
+        raise DriftError(
+            f"`generate` gives {query_length} tokens after {seen} the positions {positions.tolist()!s:.80}"
+        )
 
 
 class _PreparedError(Exception):
     """Raised where `generate` would begin to compute."""
 
 
-def check_arguments(model: Any, input_ids: Tensor, generate_kwargs: dict[str, Any]) -> None:
+def check_arguments(model: Any, input_ids: Tensor, cache: SinkCache, generate_kwargs: dict[str, Any]) -> None:
     """Let `generate` refuse what it does not take before anything is read: it checks all that before its first step."""
 
     def prepared(prepare: Any, *args: Any, **kwargs: Any) -> Any:
@@ -340,8 +408,8 @@ def check_arguments(model: Any, input_ids: Tensor, generate_kwargs: dict[str, An
 
     # Nobody streams, and what the model's own settings ask for is overruled, as it will be.
     arguments = {**generate_kwargs, "streamer": None, "cache_implementation": None, "prefill_chunk_size": None}
-    with contextlib.suppress(_PreparedError), _prepared_by(model, prepared):
-        model.generate(input_ids, **arguments)
+    with contextlib.suppress(_PreparedError), cache.watch.watching(), _prepared_by(model, prepared):
+        model.generate(input_ids, **{cache_name(): cache}, **arguments)
 
 
 class _Patch:
@@ -462,7 +530,7 @@ def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int)
     ):
         if value not in (default, getattr(cache, name)):
             raise ValueError(
-                f"`{name}` of a cache cannot change: got {name}={value} for `past_key_values` with "
+                f"`{name}` of a cache cannot change: got {name}={value} for a `cache` with "
                 f"{getattr(cache, name)}. Leave it out to continue that cache."
             )
 

@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from .compat import with_cache
+
 
 class Rotation:
     """A rotary position embedding with fixed frequencies: how some dimensions of a key turn with its position.
@@ -542,8 +544,8 @@ def _run_at(twin: PreTrainedModel, positions: list[int], lost: int = 0) -> Dynam
     twin(
         input_ids=torch.ones(len(positions), 1, dtype=torch.long),
         position_ids=torch.tensor(positions)[:, None],
-        past_key_values=cache,
         use_cache=True,
+        **with_cache(twin.forward, cache),
     )
     return cache
 
@@ -581,8 +583,8 @@ def _logits_at(
             # As `generate` gives it, over all that was ever seen; a model that reads it shows so early.
             attention_mask=tokens.new_ones(1, seen) if masked and seen < _NEAR else None,
             position_ids=torch.full_like(tokens, position),
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(twin.forward, cache),
         )
         if reverse:
             for layer in _attention_layers(cache).values():

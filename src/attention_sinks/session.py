@@ -25,14 +25,15 @@ from transformers.utils import logging
 
 from . import files
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
+from .compat import DriftError
 from .generate import ASSISTED, Settings, check_arguments, last_logits_only, sink_generate, sink_prefill
 
 # What stands in a chat template for the parts of a conversation that are not known yet.
 _MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"
 _OWN_ARGUMENTS = {
-    "attention_mask", "cache_implementation", "custom_generate", "input_ids", "inputs", "inputs_embeds", "max_length",
-    "min_length", "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate", "streamer",
-    "use_cache",
+    "attention_mask", "cache", "cache_implementation", "custom_generate", "input_ids", "inputs", "inputs_embeds",
+    "max_length", "min_length", "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate",
+    "streamer", "use_cache",
 }  # fmt: skip
 # How many pieces of text may wait for who reads them.
 _WAITING = 8
@@ -350,7 +351,7 @@ class SinkSession:
             arguments = {
                 **generate_kwargs,
                 "attention_mask": torch.ones_like(input_ids),
-                "past_key_values": self.cache,
+                "cache": self.cache,
                 "max_new_tokens": part,
                 "min_new_tokens": min(part, max(least - made, 0)),
                 "stopping_criteria": StoppingCriteriaList([criteria]),
@@ -360,6 +361,11 @@ class SinkSession:
             }
             sink_generate(self.model, input_ids, **arguments)
             new = self.tokens_seen - before
+            if self.cache.get_seq_length() != len(self._ids) - 1:
+                raise DriftError(
+                    f"`generate` handed out {new} tokens after {before}, and the cache counts "
+                    f"{self.cache.get_seq_length() + self._forgotten}"
+                )
             made += new
             self._ended = self._ids[-1] in ends
             if new < part or self._ended:
@@ -401,8 +407,8 @@ class SinkSession:
         most = settings["max_new_tokens"]
         if not isinstance(most, int | None):
             raise TypeError(f"`max_new_tokens` must be an int, got {most!r}.")
-        checked = {"max_new_tokens": self.cache.window_length if most is None else most, "past_key_values": self.cache}
-        check_arguments(self.model, self._tensor([*self._ids, *tokens]), {**generate_kwargs, **checked})
+        bounded = {**generate_kwargs, "max_new_tokens": self.cache.window_length if most is None else most}
+        check_arguments(self.model, self._tensor([*self._ids, *tokens]), self.cache, bounded)
 
     def _pieces(self, generate_kwargs: dict[str, Any], begin: "Callable[[], Detokenizer]") -> Generator[str]:
         def work(emit: Callable[[str], bool]) -> None:
