@@ -1,7 +1,8 @@
 """Attention sinks for Hugging Face language models: a KV cache of constant size, for streams without end."""
 
 from .cache import SinkCache
-from .generate import sink_generate, sink_prefill
+from .generate import sink_generate
+from .prefill import sink_prefill
 from .rope import Rotation
 from .session import SinkSession
 

@@ -24,12 +24,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, set_seed
 from transformers.utils import logging
 
-from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache, SinkLayer
+from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import with_cache
 from .evaluate import binned, curves, perplexity_from, plot, write_csv
-from .generate import default_chunk_size, sink_generate
+from .generate import sink_generate
 from .load import load_model, source_of
+from .prefill import default_chunk_size
 from .session import SinkSession
+from .storage.layers import SinkLayer
 
 app = typer.Typer(
     help="Attention sinks: language models that run for ever in constant memory.",
@@ -284,7 +286,9 @@ def info(
     if cache.can_rebase:
         ends += "; sink_generate and SinkSession wind them back before"
     table.add_row("positions end", ends)
-    table.add_row("chunks", "of any size, each token with its own window" if cache.can_window else "of one token")
+    table.add_row(
+        "chunks", "of any size, each token with its own window" if cache.supports_windowed_chunks else "of one token"
+    )
     table.add_row("memory", f"{ring_bytes / window_length * 1000 / 2**20:.2f} MiB for 1,000 tokens of window, {dtype}")
     table.add_row("", f"{ring_bytes / 2**20:.2f} MiB for this window of {window_length:,}")
     if other_bytes > 0:
@@ -300,7 +304,9 @@ def _rotations(cache: SinkCache) -> dict[str, list[int]]:
             continue
         rotation = layer.rotation
         if rotation is None:
-            words = "distances by the order of tokens (ALiBi)" if layer.in_order else "no position in the keys"
+            words = (
+                "distances by the order of tokens (ALiBi)" if cache.needs_temporal_order else "no position in the keys"
+            )
         else:
             lengths = 2 * torch.pi / rotation.inv_freq[rotation.inv_freq > 0].double()
             words = (

@@ -1,15 +1,40 @@
 """How the installed version of transformers names a cache, and the error if it differs from the tested versions."""
 
 import contextlib
+import functools
 import inspect
+import os
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.streamers import BaseStreamer
+
+try:
+    from transformers.cache_utils import (
+        DynamicIndexedLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionLayer,
+    )
+except ImportError:  # early transformers 5 has no such layers
+
+    class _Absent(CacheLayerMixin): ...
+
+    DynamicIndexedLayer = LinearAttentionLayer = _Absent  # type: ignore[misc,assignment]
+    LinearAttentionAndFullAttentionLayer = _Absent  # type: ignore[misc,assignment]
+    LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
+
+__all__ = [
+    "CACHE_NAMES", "LAST_TESTED", "CheckedStreamer", "DriftError", "DynamicIndexedLayer",
+    "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer", "LinearAttentionLayer",
+    "PassWatch", "cache_name", "chosen_cache", "compiles_by_itself", "with_cache",
+]  # fmt: skip
 
 # The newest version of transformers that all tests ran with.
 LAST_TESTED = "5.24.0"
@@ -157,3 +182,31 @@ class CheckedStreamer(BaseStreamer):
     def end(self) -> None:
         self._watch.check()
         self._streamer.end()
+
+
+class _CompileableCache(Cache):
+    """A cache that `generate` may compile a model for."""
+
+    is_compileable = True  # type: ignore[assignment]
+
+
+@functools.lru_cache
+def compiles_by_itself(device: torch.device | None) -> bool:
+    """Return True if `generate` compiles a model by itself on a device, for a cache that allows it.
+
+    Asks `transformers`. A `device` of None stands for the accelerator at hand, if there is one.
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = types.SimpleNamespace(device=device, config=PreTrainedConfig())
+    arguments = {cache_name(): _CompileableCache(layers=[])}
+    before = os.environ.get("TOKENIZERS_PARALLELISM")  # set by transformers where it compiles
+    try:
+        return bool(GenerationMixin._valid_auto_compile_criteria(model, arguments, GenerationConfig()))  # type: ignore[arg-type]
+    except AttributeError:  # transformers asks the model, or itself, something else: not compiled is slower, not wrong
+        return False
+    finally:
+        if before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

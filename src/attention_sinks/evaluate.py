@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import SinkCache
 from .compat import with_cache
-from .generate import last_logits_only, sink_prefill
+from .prefill import last_logits_only, sink_prefill
 
 DENSE_CHUNK_SIZE = 256
 RECOMPUTE_BATCH_SIZE = 8

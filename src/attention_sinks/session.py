@@ -26,7 +26,9 @@ from transformers.utils import logging
 from . import files
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import DriftError
-from .generate import ASSISTED, Settings, check_arguments, last_logits_only, sink_generate, sink_prefill
+from .generate import ASSISTED, check_arguments, sink_generate
+from .prefill import last_logits_only, sink_prefill
+from .prompt import GenerationSettings as Settings
 
 # What stands in a chat template for the parts of a conversation that are not known yet.
 _MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"

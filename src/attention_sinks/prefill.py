@@ -1,0 +1,189 @@
+"""`sink_prefill`: a text of any length through a `SinkCache`, in chunks, each token with exactly its own window."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import SinkCache
+from .compat import DriftError, chosen_cache, with_cache
+from .storage.plan import WindowedPlan
+
+# Wider chunks are somewhat faster (docs/benchmarks.md), and take memory for sinks that are repeated for every token.
+DEFAULT_CHUNK_SIZE = 64
+
+
+def sink_prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: SinkCache | None = None,
+    chunk_size: int | None = None,
+    *,
+    past_key_values: SinkCache | None = None,
+    **model_kwargs: Any,
+) -> Iterator[CausalLMOutputWithPast]:
+    """Read a text of any length through a cache, in chunks: the outputs are those of feeding it token by token.
+
+    Each token of a chunk sees exactly its own window. Memory is that of `window_length + chunk_size` tokens, and for
+    one layer at a time of the sinks once for each token of the chunk.
+
+    Args:
+        model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
+        input_ids: the new tokens, `[batch_size, length]`; the pads of a padded batch are known to the cache.
+        cache: a `SinkCache`, new or with earlier text.
+        chunk_size: how many tokens the model reads at once; by default as `default_chunk_size` says, or 1 for a model
+            whose masks cannot be replaced.
+        past_key_values: `cache` by its name in earlier versions of `transformers`; give one of the two.
+        model_kwargs: more arguments of the model, `logits_to_keep=1` for instance.
+
+    Yields:
+        The model's output for each chunk, with `logits` `[batch_size, tokens in the chunk, vocab_size]`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+        NotImplementedError: for a model whose masks cannot be replaced, unless `chunk_size` is 1.
+        RuntimeError: if the installed `transformers` does not do what this function relies on.
+
+    Example:
+        >>> cache = SinkCache(model.config, window_length=1024)
+        >>> logits = [output.logits for output in sink_prefill(model, input_ids, cache)]
+    """
+    chosen = chosen_cache(cache, past_key_values)
+    if not isinstance(chosen, SinkCache):
+        raise TypeError(f"`cache` must be a SinkCache, got {chosen.__class__.__name__}.")
+    for name in model_kwargs.keys() & {"attention_mask", "position_ids"}:
+        raise TypeError(
+            f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
+        )
+    if chunk_size is None:
+        chunk_size = default_chunk_size(model, chosen)
+    yield from read_in_chunks(model, input_ids, chosen, chunk_size, model_kwargs)
+
+
+@torch.no_grad()
+def read_in_chunks(
+    model: PreTrainedModel, input_ids: Tensor, cache: SinkCache, chunk_size: int, model_kwargs: dict[str, Any]
+) -> Iterator[CausalLMOutputWithPast]:
+    """Read a text, see `sink_prefill`."""
+    check_chunk_size(chunk_size)
+    _check_readable(model, cache, chunk_size)
+    if cache.can_rebase:
+        # Once positions are rebased, the window and a chunk must fit below their end.
+        chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
+    asks_mask = asks_for_masks(model)
+    while input_ids.shape[1] > 0:
+        cache.make_room(min(chunk_size, input_ids.shape[1]))
+        # After a crop single tokens fill the window again.
+        is_full = cache.kept_length == min(cache.get_seq_length(), cache.window_length)
+        chunk, input_ids = input_ids.tensor_split([chunk_size if is_full else 1], dim=1)
+        yield _read_chunk(model, chunk, cache, asks_mask, model_kwargs)
+
+
+def _read_chunk(
+    model: PreTrainedModel, chunk: Tensor, cache: SinkCache, asks_mask: bool, model_kwargs: dict[str, Any]
+) -> Any:
+    """Return the model's output for a chunk `[batch_size, query_length]`."""
+    seen, query_length = cache.get_seq_length(), chunk.shape[1]
+    positions = cache.token_positions
+    is_padded = positions.left_padding is not None
+    windowed = can_window(model, cache) and (query_length > 1 or is_padded)
+    arguments = {**model_kwargs, **with_cache(model.forward, cache)}
+    if takes_positions(model):
+        arguments["position_ids"] = positions.position_ids(positions.true_positions(seen, chunk))
+    elif positions.offset > 0:
+        raise DriftError("the model takes no `position_ids`, by which positions are lowered")
+    with cache.watch.watching(), cache.announced(query_length, windowed) as plan:
+        cache.watch.announce(query_length, asks_mask and not windowed)
+        mask = None
+        if isinstance(plan, WindowedPlan):
+            mask = _windowed_mask(model, plan, chunk)
+        elif cache.holds_padding():
+            mask = positions.mask(0, chunk.new_empty(chunk.shape[0], seen + query_length))
+        output = model(input_ids=chunk, attention_mask=mask, use_cache=True, **arguments)
+    if cache.get_seq_length() != seen + query_length:
+        raise DriftError(f"the cache counts {cache.get_seq_length()} tokens where {seen + query_length} were read")
+    return output
+
+
+def _windowed_mask(model: PreTrainedModel, plan: WindowedPlan, chunk: Tensor) -> Any:
+    """Return the mask of a chunk `[batch_size, query_length]`, in the form that the model's attention takes."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[attention_of(model)](
+        batch_size=chunk.shape[0],
+        q_length=plan.query_length,
+        kv_length=plan.kv_length,
+        q_offset=0,
+        kv_offset=0,
+        mask_function=plan.visible(chunk.device),
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        dtype=model.dtype,
+        config=model.config,
+        use_vmap=False,
+        device=chunk.device,
+    )
+
+
+def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int) -> None:
+    if chunk_size > 1 and not can_window(model, cache):
+        raise NotImplementedError(
+            f"`prefill_chunk_size` must be 1 for this {model.config.model_type!r} model with {attention_of(model)!r} "
+            f"attention, got {chunk_size}: its masks cannot be replaced by one that shows each token its own window."
+        )
+    is_padded = cache.token_positions.left_padding is not None
+    if is_padded and any(hasattr(layer, "conv_states") for layer in cache.layers):
+        raise NotImplementedError(
+            f"`prefill_chunk_size` must be left out for a padded batch: this {model.config.model_type!r} model tells "
+            "pads from tokens in its first chunk only. Read the rows one by one."
+        )
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Check the number of tokens that are read at once.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+    """
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise TypeError(f"`prefill_chunk_size` must be an int, got {chunk_size!r}.")
+    if chunk_size < 1:
+        raise ValueError(f"`prefill_chunk_size` must be at least 1, got {chunk_size}.")
+
+
+def default_chunk_size(model: PreTrainedModel, cache: SinkCache) -> int:
+    """Return how many tokens at once a model reads with a window for each, by default."""
+    return DEFAULT_CHUNK_SIZE if can_window(model, cache) else 1
+
+
+def can_window(model: PreTrainedModel, cache: SinkCache) -> bool:
+    """Return True if a model can read a chunk with a window for each of its tokens."""
+    return cache.supports_windowed_chunks and attention_of(model) in ("eager", "sdpa", "flex_attention")
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of the attention implementation of a model."""
+    name: str = model.config.get_text_config(decoder=True)._attn_implementation
+    return name
+
+
+def asks_for_masks(model: PreTrainedModel) -> bool:
+    """Return True if the model leaves its masks to `transformers`, which asks the cache for their sizes."""
+    modules = {type(module).__module__ for module in model.modules()}
+    return attention_of(model) in ALL_MASK_ATTENTION_FUNCTIONS and any(
+        hasattr(sys.modules[name], "create_causal_mask") for name in modules
+    )
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Return True if a model takes `position_ids`."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the argument that lets a model compute no logits but those of the last token."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

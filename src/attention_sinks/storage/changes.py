@@ -1,0 +1,106 @@
+"""What changes a stream between two forward passes: taken back tokens, other rows, other positions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..compat import LinearAttentionLayer
+from .layers import SinkLayer
+from .mixed import select_linear_rows
+from .plan import UpdatePlan
+from .stream import Stream
+
+
+def crop(stream: Stream, tokens_to_remove: int) -> None:
+    """Take back tokens, see `SinkCache.crop`."""
+    stream.sync()
+    seen = stream.first.get_seq_length()
+    removed = seen - stream.first.length_after_crop(tokens_to_remove, stream.layout)
+    for i, layer in enumerate(stream.layers):
+        if removed > 0 and not _can_take_back(layer, removed):
+            raise ValueError(
+                f"`tokens_to_remove` cannot be {tokens_to_remove}: layer {i}, a {type(layer).__name__}, does not hold "
+                f"what it would need with {removed} tokens less. Call `activate_past_recording()` before tokens that "
+                "may be taken back; a linear attention has no way back."
+            )
+    with stream.changing():
+        for layer in stream.layers:
+            # Others read 0 as a length in early 5.x, and as a call to forget what they recorded later.
+            if removed == 0 and not (seen > 0 and getattr(layer, "record_past", False)):
+                continue
+            if isinstance(layer, SinkLayer):
+                layer.crop(-removed, stream.layout)
+            else:
+                layer.crop(-removed)
+
+
+def _can_take_back(layer: Any, removed: int) -> bool:
+    """Return True if the states beside sink layers suffice with `removed` tokens less."""
+    recording: bool = getattr(layer, "record_past", False)
+    if isinstance(layer, LinearAttentionLayer):
+        kernels: dict[int, Any] = layer.conv_kernel_size
+        states = layer.conv_states.items()
+        kept = all(state is None or state.shape[-1] - removed >= kernels[i] for i, state in states)
+        if not (recording and kept) or any(layer.is_recurrent_states_initialized.values()):
+            return False
+    if isinstance(layer, DynamicSlidingWindowLayer) and (seen := layer.get_seq_length()) >= layer.sliding_window:
+        held: int = layer.keys.shape[2]  # type: ignore[union-attr]
+        return recording and held - removed >= min(seen - removed, layer.sliding_window - 1)
+    return True
+
+
+def stop_recording(stream: Stream) -> None:
+    """Store updates at once again, see `SinkCache.deactivate_past_recording`."""
+    with stream.changing():
+        for layer in stream.layers:
+            if isinstance(layer, SinkLayer):
+                layer.stop_recording(stream.layout)
+            elif getattr(layer, "record_past", False):
+                if stream.first.get_seq_length() > 0:
+                    layer.crop(0)  # cuts what was recorded
+                layer.record_past = False
+
+
+def select_rows(stream: Stream, name: str, argument: Any, index: Tensor) -> None:
+    """Keep the rows at `index`, in that order; layers of `transformers` have the method `name` for that."""
+    for layer in stream.layers:
+        if isinstance(layer, SinkLayer):
+            layer.select_rows(index, stream.layout)
+            continue
+        if isinstance(layer, DynamicLayer):
+            kind = DynamicSlidingWindowLayer if isinstance(layer, DynamicSlidingWindowLayer) else DynamicLayer
+            getattr(kind, name)(layer, argument)
+        if isinstance(layer, LinearAttentionLayer):
+            select_linear_rows(layer, index)
+    stream.groups.select_rows(index)
+    positions = stream.layout.positions
+    stream.set_positions(positions.select_rows(lambda rows: rows.index_select(0, index.to(rows.device))))
+
+
+def row_index(stream: Stream) -> Tensor:
+    """Return the indices of the rows that are stored, or that the padding of the first prompt describes."""
+    padding, first = stream.layout.positions.left_padding, stream.first
+    num_rows = len(padding) if padding is not None else first.keys.shape[0] if first.is_initialized else 0
+    return torch.arange(num_rows)
+
+
+def rebase(stream: Stream) -> int:
+    """Lower the positions of all kept tokens by the number of evicted ones, and return it, see `SinkCache.rebase`."""
+    num_evicted = stream.first.evicted_after(stream.first.get_seq_length())
+    for layer in stream.sink_layers():
+        layer.rebase(num_evicted, stream.layout)
+    stream.set_positions(stream.layout.positions.rebased(num_evicted))
+    return num_evicted
+
+
+def compact(stream: Stream) -> None:
+    """Restart positions at the kept tokens, see `SinkCache.compact`."""
+    num_evicted = rebase(stream)
+    plan = UpdatePlan(stream.layout, stream.first.seen, 0, stream.first.num_evicted)
+    for layer in stream.sink_layers():
+        layer.move_kept_to_front(plan)
+    for layer in stream.sink_layers():
+        layer.drop_evicted_from_count(num_evicted)
+    stream.set_positions(stream.layout.positions.compacted(num_evicted))

@@ -1,0 +1,133 @@
+"""The sinks of the layers that rotate alike, and the count of tokens on their device."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..rope import Rotation
+from .plan import UpdatePlan
+from .static import CompilePolicy, StaticPlan, replaced
+
+Plan = UpdatePlan | StaticPlan
+
+
+class SinkGroup:
+    """The pristine sinks of layers on one device with one rotation: one rotation moves the sinks of all.
+
+    Sinks are rotated from pristine copies at each step, so that no rounding accumulates.
+
+    Args:
+        rotation: the rotation of the sinks, with its frequencies where float64 is; None if sinks carry no position.
+        device, dtype: those of the cached states.
+
+    Attributes:
+        count: number of tokens seen, a tensor: compiled steps count here, Python brings it up to date.
+        offset: the position offset, a tensor, so that a rebase is no reason to compile again.
+    """
+
+    def __init__(self, rotation: Rotation | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.rotation = rotation
+        self.device = device
+        self.dtype = dtype
+        self.count = torch.zeros((), dtype=torch.long, device=device)
+        self.offset = torch.zeros((), dtype=torch.long, device=device)
+        # The sinks of each layer; once they were rotated, views of one tensor `[num_layers, batch_size, ...]`.
+        self._sinks: list[Tensor] = []
+        self._stacked: Tensor | None = None
+
+    def add(self, sinks: Tensor) -> int:
+        """Take over the pristine sinks of a layer, `[batch_size, num_heads, S, head_dim]`; return their index."""
+        self._sinks.append(sinks)
+        self._stacked = None
+        return len(self._sinks) - 1
+
+    def sinks(self, index: int) -> Tensor:
+        """Return the pristine sinks of a layer."""
+        return self._sinks[index]
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index`, in that order."""
+        there = index.to(self.device)
+        selected = [replaced(sinks, sinks.index_select(0, there)) for sinks in self._sinks]
+        if any(new is not old for new, old in zip(selected, self._sinks, strict=True)):
+            self._sinks, self._stacked = selected, None
+
+    def rotated_sinks(self, plan: Plan, index: int) -> Tensor:
+        """Return the sinks of a layer where they act in a pass, `[batch_size, num_heads, S, head_dim]`."""
+        assert self.rotation is not None
+        rotation, dtype = self.rotation, self._sinks[index].dtype
+        if isinstance(plan, StaticPlan):  # the compiler sees what layers have in common
+            cos_sin = rotation.cos_sin(plan.shift(self.count, self.offset), dtype)
+            return rotation.rotate_by(cos_sin, self._sinks[index]).to(self.dtype)
+
+        def of_all_layers() -> tuple[Tensor, ...]:
+            if self._stacked is None:
+                with torch.inference_mode(False):
+                    self._stacked = torch.stack(self._sinks)
+                    self._sinks = list(self._stacked.unbind())
+            rotated = rotation.rotate_by(plan.cos_sin(rotation, dtype, self.device), self._stacked)
+            return rotated.to(self.dtype).unbind()
+
+        of_layer: Tensor = plan.once(("sinks", id(self)), of_all_layers)[index]
+        return of_layer
+
+
+class SinkGroups:
+    """The groups of a cache. A layer joins one when it gets its buffers.
+
+    Args:
+        policy: when single tokens are compiled.
+
+    Attributes:
+        is_stale: True if compiled steps have counted tokens that Python does not know of.
+        has_gap: True if fewer tokens are held than fit, after a `crop`.
+    """
+
+    def __init__(self, policy: CompilePolicy) -> None:
+        self.policy = policy
+        self.is_stale = self.has_gap = False
+        self._groups: dict[object, SinkGroup] = {}
+
+    def __iter__(self) -> Iterator[SinkGroup]:
+        return iter(self._groups.values())
+
+    def join(self, rotation: Rotation | None, like: Tensor, sinks_shape: torch.Size) -> SinkGroup:
+        """Return the group for a layer with such a rotation and states `like` these."""
+        key = rotation, like.device, like.dtype, sinks_shape
+        if key not in self._groups:
+            on_device = None if rotation is None else rotation.to(_float64_device(like.device))
+            group = self._groups[key] = SinkGroup(on_device, like.device, like.dtype)
+            self.policy.fix_address(group.count, group.offset, None if on_device is None else on_device.inv_freq)
+        return self._groups[key]
+
+    def clear(self) -> None:
+        """Forget all groups: the layers have dropped their buffers."""
+        self._groups = {}
+        self.is_stale = self.has_gap = False
+
+    def count_step(self) -> None:
+        """Count the token of a compiled step."""
+        for group in self:
+            group.count.add_(1)
+        self.is_stale = True
+
+    def set_count(self, seen: int, has_gap: bool) -> None:
+        """Tell compiled steps how many tokens were seen."""
+        for group in self:
+            group.count.fill_(seen)
+        self.is_stale, self.has_gap = False, has_gap
+
+    def set_offset(self, offset: int) -> None:
+        """Tell compiled steps the position offset."""
+        for group in self:
+            group.offset.fill_(offset)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep the rows at `index` of all sinks, in that order."""
+        for group in self:
+            group.select_rows(index)
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64

@@ -1,0 +1,408 @@
+"""The layers of a `SinkCache`: the sinks in the first slots of a buffer, a ring of recent tokens in the others."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..rope import Rotation
+from .fields import Device, NoneType, checked, copied, placed
+from .groups import Plan, SinkGroup, SinkGroups
+from .layout import Layout, Once, compute, write_slots
+from .plan import UpdatePlan, WindowedPlan, num_evicted_after
+from .static import StaticPlan, replaced
+
+# The attributes that are saved, and their types.
+_ATTRIBUTES: dict[str, tuple[type, ...]] = {
+    "is_initialized": (bool,),
+    "seen": (int,),
+    "num_evicted": (int,),
+    "record_past": (bool,),
+    "keys": (Tensor, NoneType),
+    "values": (Tensor, NoneType),
+    "pending": (list, tuple, NoneType),
+}
+FIELDS = {**_ATTRIBUTES, "sinks": (Tensor, NoneType), "device": (torch.device, NoneType)}
+
+
+class SinkLayer(CacheLayerMixin):
+    """One layer of a `SinkCache`: W slots, see `Layout`, and pristine copies of the S sinks.
+
+    `seen` tokens were fed; of those that are no sinks the first ones were evicted. The cache gives each update the plan
+    of the forward pass.
+
+    Args:
+        window_length, num_sink_tokens: W and S.
+        rotation: the rotation of the cached states; None if they carry no position.
+        groups: the groups of the cache.
+
+    Attributes:
+        keys, values: `[batch_size, num_heads, W, head_dim]`; None before the first update.
+        group: the group that holds the pristine sinks; None before the first update.
+        seen: number of tokens that are stored, or were. Compiled steps count in `SinkGroup.count`.
+        num_evicted: number of evicted tokens that a `crop` does not bring back.
+        pending: the last states while the past is recorded: the next call stores them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    group: SinkGroup
+    is_sliding = False
+
+    def __init__(
+        self, window_length: int, num_sink_tokens: int, rotation: Rotation | None, groups: SinkGroups, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.window_length = window_length
+        self.num_sink_tokens = num_sink_tokens
+        self.rotation = rotation
+        self.groups = groups
+        self._drop_states()
+
+    def _drop_states(self) -> None:
+        # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
+        self.keys = self.values = self.group = None  # type: ignore[assignment]
+        self._sinks_index = 0
+        self.is_initialized = False
+        self.seen = self.num_evicted = 0
+        self.record_past = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        self._drop_states()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the keys."""
+        return None if self.keys is None else self.keys.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the states lie."""
+        return None if self.keys is None else self.keys.device
+
+    @property
+    def sinks(self) -> Tensor:
+        """The sinks as they were fed, `[batch_size, num_heads, S, head_dim]`, in float32 or wider."""
+        return self.group.sinks(self._sinks_index)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """True while the past is recorded: then `crop` leaves no trace past the window either."""
+        return self.record_past
+
+    @property
+    def takes_static_steps(self) -> bool:
+        """True if a single token can be taken in the static form now."""
+        return self.is_initialized and not self.record_past and self.pending is None and not self.groups.has_gap
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen, pending ones included. Waits for the device after compiled steps."""
+        if self.groups.policy.is_compiling and self.groups.policy.supported and self.takes_static_steps:
+            return self.group.count  # type: ignore[return-value]
+        seen = int(self.group.count) if self.groups.is_stale and self.group is not None else self.seen
+        return seen + (0 if self.pending is None else self.pending[0].shape[2])
+
+    def get_max_length(self) -> int:
+        return self.window_length
+
+    get_max_cache_shape = get_max_length
+
+    def evicted_after(self, seen: int) -> int:
+        """Return the number of evicted tokens once `seen` were fed."""
+        return num_evicted_after(seen, self.window_length, self.num_evicted)
+
+    @property
+    def kept_length(self) -> int:
+        """Number of tokens held now."""
+        length = self.get_seq_length()
+        pending = 0 if self.pending is None else self.pending[0].shape[2]
+        return min(length - self.evicted_after(length - pending), self.window_length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        seen = self.get_seq_length()
+        kv_offset = self.evicted_after(seen + min(query_length, 1))
+        return seen + query_length - kv_offset, kv_offset
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Outside of inference mode, whose tensors could not be written to later.
+        with torch.inference_mode(False):
+            self.keys = _empty_slots(key_states, self.window_length)
+            self.values = _empty_slots(value_states, self.window_length)
+            sinks = self.rotating(self.keys, self.values)[:, :, : self.num_sink_tokens]
+            # Half-precision states are rotated in float32 and rounded once, in their slots.
+            self._join_group(sinks.to(torch.promote_types(sinks.dtype, torch.float32), copy=True))
+        self.is_initialized = True
+
+    def _join_group(self, sinks: Tensor) -> None:
+        """Rotate the sinks together with those of other layers from now on."""
+        self.group = self.groups.join(self.rotation, self.keys, sinks.shape)
+        if self.rotation is not None:
+            self._sinks_index = self.group.add(sinks)
+            self.groups.policy.fix_address(sinks)
+        self.groups.policy.fix_address(self.keys, self.values)
+
+    def rotating(self, key_states: Tensor, value_states: Tensor) -> Tensor:
+        """Return those of the two that carry the position."""
+        return value_states if self.rotation is not None and self.rotation.in_values else key_states
+
+    def update(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Store the states of new tokens and return all that their queries attend to, see `SinkCache.update`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_states(key_states, value_states)
+        if isinstance(plan, StaticPlan):
+            return self._overwrite_oldest(key_states, value_states, plan)
+        self.flush_pending(plan.layout, plan.once)
+        if isinstance(plan, WindowedPlan):
+            return self._append_windowed(key_states, value_states, plan)
+        if plan.overwrites and not self.record_past:
+            returned = self._overwrite_oldest(key_states, value_states, plan)
+            self.seen += 1
+            return returned
+        return self._append(key_states, value_states, plan)
+
+    def _overwrite_oldest(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Write one token over the oldest recent one, or into an empty slot; return the slots as they lie."""
+        keys, values = self.keys, self.values
+        if torch.is_grad_enabled():
+            # A backward pass must not read what later tokens are written over. Gradients flow through new states only.
+            keys, values = keys.clone(), values.clone()
+            self._write_token(self.keys, self.values, key_states.detach(), value_states.detach(), plan)
+        self._write_token(keys, values, key_states, value_states, plan)
+        return keys, values
+
+    def _write_token(self, keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor, plan: Plan) -> None:
+        if isinstance(plan, StaticPlan):
+            slot = plan.slot_mapping(self.group.count)
+        else:
+            slot = plan.slot_mapping(keys.device)
+        if self.rotation is not None and self.num_sink_tokens > 0 and (plan.stores_sinks or plan.rotates_sinks):
+            rotating, states = self.rotating(keys, values), self.rotating(key_states, value_states)
+            slots = plan.layout.sink_slots(slot.device)
+            sinks = self.group.rotated_sinks(plan, self._sinks_index)
+            if plan.stores_sinks:
+                # A row whose token is a sink has evicted nothing: its sinks are rotated by zero.
+                is_new = (slots == slot)[..., None, :, None]
+                self.sinks.copy_(torch.where(is_new, states.detach(), self.sinks))
+                sinks = torch.where(is_new, states, sinks)
+            # One write for the sinks and the token. Where both have the same slot they are equal.
+            write_slots(rotating, plan.with_sinks(slots, slot), torch.cat([sinks, states], dim=2))
+            if rotating is keys:
+                write_slots(values, slot, value_states)
+            else:
+                write_slots(keys, slot, key_states)
+        else:
+            write_slots(keys, slot, key_states)
+            write_slots(values, slot, value_states)
+
+    def _append(self, key_states: Tensor, value_states: Tensor, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
+        """Return the kept tokens and the new ones, in order."""
+        # Views would be written over before a backward pass reads them, and while the past is recorded nothing is
+        # stored yet.
+        if plan.is_below_window and not (torch.is_grad_enabled() or self.record_past):
+            self._store(key_states, value_states, plan.layout, plan.once)
+            return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
+        returned = tuple(
+            torch.cat([*kept, states], dim=2)
+            for kept, states in zip(self._kept_in_order(plan), (key_states, value_states), strict=True)
+        )
+        if self.record_past:
+            self.pending = key_states.detach(), value_states.detach()
+        else:
+            self._store(key_states, value_states, plan.layout, plan.once)
+        return returned[0], returned[1]
+
+    def _kept_in_order(self, plan: UpdatePlan) -> list[list[Tensor]]:
+        """Return the kept keys and values as parts to concatenate, the sinks where they act in the pass."""
+        rotated = None
+        if self.rotation is not None and plan.rotates_sinks:
+            rotated = self.group.rotated_sinks(plan, self._sinks_index)
+        rotating = self.rotating(self.keys, self.values)
+        return [
+            plan.layout.kept_in_order(slots, self.seen, plan.evicted, rotated if slots is rotating else None, plan.once)
+            for slots in (self.keys, self.values)
+        ]
+
+    def _append_windowed(self, key_states: Tensor, value_states: Tensor, plan: WindowedPlan) -> tuple[Tensor, Tensor]:
+        """Return the sinks once per query, each copy rotated for its query, then the recent tokens and the chunk."""
+        layout, query_length = plan.layout, plan.query_length
+        recent = [
+            layout.recent_in_order(slots, self.seen, plan.num_recent, plan.once) for slots in (self.keys, self.values)
+        ]
+        # Sinks may be among the new tokens. Then these are stored first, and the recent tokens are still valid: nothing
+        # is evicted yet, or (padded) they are copies.
+        if plan.stores_sinks:
+            self._store(key_states, value_states, layout, plan.once)
+        rotating = self.rotating(self.keys, self.values)
+        returned = []
+        for name, slots, parts, states in (
+            ("keys", self.keys, recent[0], key_states),
+            ("values", self.values, recent[1], value_states),
+        ):
+            if self.rotation is not None and slots is rotating:
+                cos_sin = plan.cos_sin(self.group.rotation, self.sinks.dtype, slots.device)  # type: ignore[arg-type]
+                each = self.sinks[:, :, None].expand(-1, -1, query_length, -1, -1)
+                sinks = self.rotation.rotate_by(cos_sin, each).to(slots.dtype)
+            else:
+                sinks = layout.sinks(slots)[:, :, None].expand(-1, -1, query_length, -1, -1)
+            returned.append(plan.concatenated(name, [sinks.flatten(2, 3), *parts, states]))
+        if not plan.stores_sinks:
+            self._store(key_states, value_states, layout, plan.once)
+        return returned[0], returned[1]
+
+    def _store(self, key_states: Tensor, value_states: Tensor, layout: Layout, once: Once) -> None:
+        """Write the states of new tokens over those of the tokens that they evict, and count them."""
+        key_states, value_states = key_states.detach(), value_states.detach()
+        layout.write(self.keys, key_states, self.seen, once)
+        layout.write(self.values, value_states, self.seen, once)
+        if self.rotation is not None:
+            layout.write_sinks(self.sinks, self.rotating(key_states, value_states), self.seen, once)
+        self.seen += key_states.shape[2]
+
+    def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Check that new states are like those that are stored."""
+        keys, values = self.keys, self.values
+        new_keys, new_values = key_states.shape, value_states.shape
+        if (new_keys[0], new_keys[2]) != (new_values[0], new_values[2]):
+            raise ValueError(
+                "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
+                f"{[*new_keys]} and {[*new_values]}."
+            )
+        for name, states, slots in (("key_states", key_states, keys), ("value_states", value_states, values)):
+            shape, stored = states.shape, slots.shape
+            if shape[0] != stored[0] or shape[1] != stored[1] or shape[3] != stored[3]:
+                raise ValueError(
+                    f"`{name}` must keep batch size, heads and head dimension, {[*stored[:2], stored[3]]}, got the "
+                    f"shape {[*shape]}. Call `reset()`, or use a new cache, for another batch."
+                )
+            if states.dtype != slots.dtype or states.device != slots.device:
+                raise ValueError(
+                    f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
+                    f"{states.device}. Call `reset()`, or use a new cache, to change them."
+                )
+
+    def activate_past_recording(self) -> None:
+        """Keep what each update evicts until the next call, so that `crop` can take the update back."""
+        self.record_past = True
+
+    def stop_recording(self, layout: Layout) -> None:
+        """Store what is pending, and from now on every update at once."""
+        self.flush_pending(layout)
+        self.record_past = False
+
+    def flush_pending(self, layout: Layout, once: Once = compute) -> None:
+        """Store what is pending."""
+        if self.pending is not None:
+            key_states, value_states = self.pending
+            self.pending = None
+            if key_states.shape[2] > 0:
+                self._store(key_states, value_states, layout, once)
+
+    def length_after_crop(self, tokens_to_remove: int, layout: Layout) -> int:
+        """Return how many tokens will have been seen after `crop(tokens_to_remove)`.
+
+        Raises:
+            ValueError: if those to take back are not all held.
+        """
+        now, evicted = self.get_seq_length(), self.evicted_after(self.seen)
+        seen = tokens_to_remove if tokens_to_remove > 0 else now + tokens_to_remove
+        # Sinks can be taken back only while nothing was evicted between them and the end. Rows that evict at different
+        # times cannot take anything back.
+        least = evicted + self.num_sink_tokens if evicted > 0 else 0
+        if evicted > 0 and not layout.evicts_together:
+            least = self.seen
+        if seen < least:
+            raise ValueError(
+                f"`tokens_to_remove` must be at least {least - now}, got {tokens_to_remove}: of the {now} tokens seen "
+                f"the last {now - least} can be taken back."
+            )
+        return min(seen, now)
+
+    def crop(self, tokens_to_remove: int, layout: Layout) -> None:  # type: ignore[override]
+        """Take back the last `-tokens_to_remove` tokens, see `SinkCache.crop`."""
+        seen = self.length_after_crop(tokens_to_remove, layout)
+        if self.pending is not None:
+            accepted = max(seen - self.seen, 0)
+            self.pending = self.pending[0][:, :, :accepted], self.pending[1][:, :, :accepted]
+            self.flush_pending(layout)
+        self.num_evicted = self.evicted_after(self.seen)
+        self.seen = seen
+
+    def rebase(self, num_evicted: int, layout: Layout) -> None:
+        """Rotate all states back, so that the first `num_evicted` tokens are no part of their positions any more."""
+        self.flush_pending(layout)
+        if self.rotation is not None and self.is_initialized:
+            positions = layout.positions
+            rotation = self.group.rotation or self.rotation
+            shift = positions.shift(num_evicted, positions.offset, rotation.inv_freq.device)
+            cos, sin = rotation.cos_sin(shift, self.sinks.dtype).to(self.keys.device)
+            # In pieces, for the memory that float32 takes.
+            for slots in self.rotating(self.keys, self.values).split(1024, dim=2):
+                slots.copy_(rotation.rotate_by(torch.stack([cos, -sin]), slots))
+
+    def move_kept_to_front(self, plan: UpdatePlan) -> None:
+        """Move the kept tokens to the first slots, in order, as if nothing had been evicted."""
+        if self.is_initialized:
+            for slots, parts in zip((self.keys, self.values), self._kept_in_order(plan), strict=True):
+                kept = torch.cat(parts, dim=2)
+                slots[:, :, : kept.shape[2]] = kept
+
+    def catch_up(self, seen: int) -> None:
+        """Count the tokens of compiled steps: `seen` in all."""
+        self.seen = seen
+
+    def drop_evicted_from_count(self, num_evicted: int) -> None:
+        """Do not count the first `num_evicted` tokens any more."""
+        self.num_evicted = 0
+        self.seen = max(self.seen - num_evicted, 0)
+
+    def select_rows(self, index: Tensor, layout: Layout) -> None:
+        """Keep the rows at `index`, in that order; rows may repeat."""
+        if not self.is_initialized:
+            return
+        with torch.inference_mode(False):
+            self.flush_pending(layout)
+
+            def selected(states: Tensor) -> Tensor:
+                return replaced(states, states.index_select(0, index.to(states.device)))
+
+            self.keys, self.values = selected(self.keys), selected(self.values)
+            self.groups.policy.fix_address(self.keys, self.values)
+
+    def sink_layers(self) -> Iterator["SinkLayer"]:
+        """Yield this layer, and a layer inside of it."""
+        yield self
+
+    def state(self) -> dict[str, Any]:
+        """Return what a file holds of this layer; tensors are copied to the CPU."""
+        sinks = self.sinks if self.is_initialized and self.rotation is not None else None
+        state = {name: getattr(self, name) for name in _ATTRIBUTES}
+        return copied({**state, "sinks": sinks, "device": self.keys.device if self.is_initialized else None})  # type: ignore[no-any-return]
+
+    def restore(self, state: dict[str, Any], device: Device) -> None:
+        """Take on a state; a `device` takes the place of the one it was saved from.
+
+        Raises:
+            ValueError: if it is not the state of such a layer, or its device is not at hand.
+        """
+        state = checked(state, FIELDS, f"a {type(self).__name__}")
+        buffers = {"keys": self.window_length, "values": self.window_length, "sinks": self.num_sink_tokens}
+        if self.rotation is None:
+            del buffers["sinks"]
+        for name, length in buffers.items():
+            states = state[name]
+            if state["is_initialized"] != (states is not None and states.ndim == 4 and states.shape[2] == length):
+                raise ValueError(f"`path` must be a file that `save` wrote: its {name} do not have {length} slots.")
+        for name in _ATTRIBUTES:
+            setattr(self, name, placed(state[name], state["device"], device))
+        if self.is_initialized:
+            sinks = state["sinks"] if self.rotation is not None else self.keys[:, :, : self.num_sink_tokens]
+            self._join_group(placed(sinks, state["device"], device))
+
+
+def _empty_slots(states: Tensor, window_length: int) -> Tensor:
+    batch_size, num_heads, _, head_dim = states.shape
+    return states.new_zeros(batch_size, num_heads, window_length, head_dim)

@@ -1,0 +1,167 @@
+"""What one forward pass does to every layer of a cache, computed once for all of them.
+
+`SinkCache` makes the plan when the model asks for the sizes of its mask, or at the first update, and drops it when the
+last layer was reached. A plan is a pure function of the layout, the tokens seen before the pass and the number of new
+ones; what it computes on demand is remembered as long as it lives.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rope import Rotation
+from .layout import Layout, num_recent_in_window
+
+
+def num_evicted_after(seen: int, window_length: int, num_evicted: int) -> int:
+    """Return the number of evicted tokens after `seen` ones, of which `num_evicted` do not come back."""
+    return max(num_evicted, seen - window_length)
+
+
+class UpdatePlan:
+    """One forward pass of `query_length` tokens. Immutable, but for what it remembers.
+
+    Args:
+        layout: the slots and positions of the batch.
+        start: number of tokens seen before the pass.
+        query_length: number of new tokens.
+        num_evicted: number of tokens evicted before the pass.
+        in_order: return the tokens in the order of their positions, always.
+        all_slots: return all W slots for a single token, full or not, as a compiled step does.
+
+    Attributes:
+        evicted: number of evicted tokens when the first query looks, which is the shift of the sinks.
+        kv_length, kv_offset: what `get_mask_sizes` announces and `update` returns.
+        overwrites: True if the pass writes one token over the oldest one and returns the slots as they lie.
+    """
+
+    is_static = False
+    is_windowed = False
+
+    def __init__(
+        self,
+        layout: Layout,
+        start: int,
+        query_length: int,
+        num_evicted: int = 0,
+        in_order: bool = False,
+        all_slots: bool = False,
+    ) -> None:
+        self.layout = layout
+        self.start = start
+        self.query_length = query_length
+        self.all_slots = all_slots
+        full = start + 1 - layout.window_length
+        # The shift of the first query holds for the whole pass.
+        self.evicted = num_evicted_after(start + min(query_length, 1), layout.window_length, num_evicted)
+        self.overwrites = query_length == 1 and not in_order and (all_slots or full >= num_evicted)
+        self.kv_length, self.kv_offset = start + query_length - self.evicted, self.evicted
+        if all_slots:
+            self.kv_length, self.kv_offset = layout.window_length, max(full, 0)
+        self._memo: dict[Hashable, Any] = {}
+
+    @property
+    def end(self) -> int:
+        """Number of tokens seen after the pass."""
+        return self.start + self.query_length
+
+    @property
+    def is_below_window(self) -> bool:
+        """True if nothing is evicted by the end of the pass, so that the slots hold the tokens in order."""
+        return self.end <= self.layout.window_length and self.evicted == 0
+
+    @property
+    def stores_sinks(self) -> bool:
+        """True if the new tokens may be sinks of some row."""
+        return not self.layout.has_all_sinks(self.start)
+
+    @property
+    def rotates_sinks(self) -> bool:
+        """True if sinks do not act where they were fed."""
+        return self.evicted > 0
+
+    def fits(self, start: int, query_length: int) -> bool:
+        """Return True if this is the plan for so many new tokens after `start` ones."""
+        return (start, query_length) == (self.start, self.query_length)
+
+    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
+        """Return `function()`, computed once per pass for each key."""
+        if key not in self._memo:
+            self._memo[key] = function()
+        return self._memo[key]
+
+    def slot_mapping(self, device: torch.device) -> Tensor:
+        """Return the slot of the single new token, `[1]`, or `[batch_size, 1]` with left padding."""
+        return self.once(  # type: ignore[no-any-return]
+            ("slot", device), lambda: self.layout.next_slots(torch.full((1,), self.start, device=device))
+        )
+
+    def with_sinks(self, sink_slots: Tensor, slot: Tensor) -> Tensor:
+        """Return the slots of the sinks and of the new token, `[S + 1]` or `[batch_size, S + 1]`."""
+        return self.once(  # type: ignore[no-any-return]
+            ("with sinks", slot.device), lambda: torch.cat([sink_slots, slot], dim=-1)
+        )
+
+    def cos_sin(self, rotation: Rotation, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return what rotates the pristine sinks to where they act: `[2, ..., rotary_dim / 2]`, see `Rotation`."""
+        there = rotation.inv_freq.device
+        return self.once(  # type: ignore[no-any-return]
+            ("cos_sin", id(rotation), dtype, device),
+            lambda: rotation.cos_sin(self._shift(there), dtype).to(device),
+        )
+
+    def _shift(self, device: torch.device) -> Any:
+        positions = self.layout.positions
+        return positions.shift(self.evicted, positions.offset, device)
+
+
+class WindowedPlan(UpdatePlan):
+    """A chunk whose queries each see exactly their own window, by a mask that belongs to the plan.
+
+    `update` returns the sinks once per query, each copy rotated for its query, then the recent tokens and the chunk.
+
+    Args:
+        layout, start, query_length, num_evicted: see `UpdatePlan`.
+        shares_buffers: let all layers return the same memory in turn: no layer reads what another one returned.
+    """
+
+    is_windowed = True
+
+    def __init__(
+        self, layout: Layout, start: int, query_length: int, num_evicted: int = 0, shares_buffers: bool = False
+    ) -> None:
+        super().__init__(layout, start, query_length, num_evicted)
+        self.shares_buffers = shares_buffers
+        self.overwrites = False
+        self.num_recent = num_recent_in_window(layout, start)
+        self.kv_length = query_length * layout.num_sink_tokens + self.num_recent + query_length
+        self.kv_offset = self.end - self.kv_length
+
+    @property
+    def is_below_window(self) -> bool:
+        return False
+
+    def _shift(self, device: torch.device) -> Any:
+        """Return the shift of the sinks for each query, `[batch_size or 1, 1, query_length, 1, 1]`."""
+        first = self.start + 1 - self.layout.window_length
+        evicted = torch.arange(first, first + self.query_length, device=device).clamp(min=0)
+        positions = self.layout.positions
+        return positions.shift(evicted.view(1, 1, -1, 1, 1), positions.offset, device)
+
+    def visible(self, device: torch.device) -> Callable[..., Any]:
+        """Return which keys a query sees, as a mask function of `transformers`."""
+        return self.layout.window_mask(self.start, self.query_length, device)
+
+    def concatenated(self, name: str, parts: list[Tensor]) -> Tensor:
+        """Concatenate parts along the tokens, in a buffer that all layers of the same shape use in turn.
+
+        A layer's attention is over when the next layer is updated, and fresh memory costs page faults.
+        """
+        if torch.is_grad_enabled() or not self.shares_buffers:
+            return torch.cat(parts, dim=2)
+        like = parts[-1]
+        shape = (*like.shape[:2], self.kv_length, like.shape[3])
+        buffer = self.once((name, shape, like.dtype, like.device), lambda: like.new_empty(shape))
+        return torch.cat(parts, dim=2, out=buffer)

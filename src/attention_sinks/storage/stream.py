@@ -1,0 +1,382 @@
+"""The stream of a cache: its layers, the plan of the current forward pass, and what is checked once per pass."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from ..architecture.spec import CacheSpec
+from ..compat import DynamicIndexedLayer, LinearAttentionLayer, PassWatch
+from .groups import Plan, SinkGroups
+from .guard import PassGuard
+from .layers import SinkLayer
+from .layout import Layout, layout_of
+from .mixed import HybridSinkLayer, IndexedSinkLayer
+from .plan import UpdatePlan, WindowedPlan
+from .positions import TokenPositions, starts_with_pads
+from .static import CompilePolicy, StaticPlan
+
+# Models compute angles in float32, with an error that grows with the position (docs/reliability.md): up to here the
+# logits of SmolLM2-135M change by 2e-4 of their scale, ...
+ACCURATE_POSITIONS = 2**15
+# ... and from here on by 1 %.
+COARSE_POSITION = 2**20
+
+
+class Stream:
+    """The tokens that a cache has seen, and the forward pass that runs.
+
+    Args:
+        spec: what each layer becomes.
+        positions: at which positions the tokens of the first batch stand.
+
+    Attributes:
+        layers: the layers of the cache.
+        first, last: the first and the last sink layer.
+        layout: the slots and positions of the batch.
+        watch: checks that a call goes the way that this library relies on.
+    """
+
+    def __init__(self, spec: CacheSpec, positions: TokenPositions) -> None:
+        self.spec = spec
+        self.watch = PassWatch()
+        self.policy = CompilePolicy(spec.supports_static)
+        self.groups = SinkGroups(self.policy)
+        self.layers = _build_layers(spec, self.groups)
+        self.first: SinkLayer = self.layers[spec.sink_layers[0]]
+        self.last: SinkLayer = self.layers[spec.sink_layers[-1]]
+        self._guard = PassGuard(spec.text_layers[-1])
+        self.restart(positions)
+
+    def restart(self, positions: TokenPositions) -> None:
+        """Begin a new stream: the layers have dropped their states."""
+        self.groups.clear()
+        self.policy.expect_compiled_steps()
+        self._warned_of_coarse_positions = False
+        self.set_positions(positions)
+        self._guard.restart()
+
+    def set_positions(self, positions: TokenPositions) -> None:
+        """Let the tokens of the batch stand at other positions, or be those of another batch."""
+        self.layout: Layout = layout_of(self.spec.window_length, self.spec.num_sink_tokens, positions)
+        self._static = StaticPlan(self.layout, is_sliding=self.spec.sliding_window < torch.inf)
+        self._static.set(self.last.seen)
+        self.groups.set_offset(positions.offset)
+        # The plan of the current pass, from the first question for its mask until its last layer is updated.
+        self._plan: Plan | None = None
+
+    def sink_layers(self) -> Iterator[SinkLayer]:
+        """Yield all layers with sinks, those of indexers among them."""
+        for layer in self.layers:
+            if isinstance(layer, SinkLayer):
+                yield from layer.sink_layers()
+
+    # --- the plan of a pass
+
+    def plan_for(self, layer: SinkLayer, query_length: int, announcing: bool = False, rebased: bool = False) -> Plan:
+        """Return the plan of the current pass: the one that was announced, or a new one after the checks of a pass.
+
+        Args:
+            layer: the layer that asks.
+            query_length: number of new tokens.
+            announcing: True if the mask is made now, for this plan.
+            rebased: True if the caller gives the model positions as `TokenPositions.position_ids` counts them.
+
+        Raises:
+            ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
+        """
+        plan, compiling = self._plan, self.policy.is_compiling
+        # Where layers are compiled one by one, the mask was made outside, for the plan that was announced there.
+        may_be_static = announcing or (compiling and plan is not None and plan.all_slots)
+        if may_be_static and query_length == 1 and self._is_static_step(layer):
+            if plan is not self._static:
+                self._check_static_step(rebased, compiling)
+                self._plan = self._static
+            return self._static
+        self.sync()
+        seen = layer.get_seq_length()
+        if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
+            # A step that was announced in the static form, and is not compiled after all, keeps to that form.
+            all_slots = isinstance(plan, StaticPlan) and query_length == 1
+            plan = self._plan = self._new_plan(layer, seen, query_length, rebased or all_slots, all_slots)
+        return plan
+
+    def _is_static_step(self, layer: SinkLayer) -> bool:
+        """Return True if a layer takes the next single token in the static form."""
+        return layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
+
+    def _new_plan(self, layer: SinkLayer, seen: int, query_length: int, rebased: bool, all_slots: bool) -> UpdatePlan:
+        self._check_rebased(rebased)
+        self.check_limit(seen, query_length)
+        in_order = self.spec.positions.needs_temporal_order
+        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots)
+        window = self.spec.sliding_window
+        if window < plan.kv_length > query_length:
+            raise ValueError(
+                f"`query_length` must be at most {window - plan.kv_length + query_length} with "
+                f"{plan.kv_length - query_length} tokens in the cache, got {query_length}: the sliding window of the "
+                f"model ({window}) would hide the sinks. Feed the tokens in smaller chunks."
+            )
+        return plan
+
+    def announce(self, query_length: int, windowed: bool) -> Plan:
+        """Return the plan of the coming pass, whose positions the caller takes from `TokenPositions.position_ids`.
+
+        Args:
+            query_length: number of new tokens.
+            windowed: let each query of the chunk see its own window, by a mask that is made with the plan.
+        """
+        self._plan = None
+        plan = self.plan_for(self.first, query_length, announcing=not windowed, rebased=True)
+        if windowed:
+            evicted, separate = self.first.num_evicted, self.spec.has_separate_layers
+            plan = self._plan = WindowedPlan(
+                self.layout, self.first.get_seq_length(), query_length, evicted, shares_buffers=separate
+            )
+        return plan
+
+    def drop_plan(self) -> None:
+        """End the current pass."""
+        self._plan = None
+
+    # --- the updates of a pass
+
+    def update(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Update a sink layer, see `SinkCache.update`."""
+        layer: SinkLayer = self.layers[layer_idx]
+        plan = self.plan_for(layer, key_states.shape[2])
+        is_first, is_last = layer_idx == self.spec.sink_layers[0], layer_idx == self.spec.sink_layers[-1]
+        if isinstance(plan, StaticPlan):
+            if is_first:
+                self._begin_compiled_step()
+            returned = layer.update(key_states, value_states, plan)
+        else:
+            if is_first or not layer.is_initialized:
+                plan = self._begin_pass(plan, layer_idx, key_states, value_states)
+            change = self._update_last if is_last else layer.update
+            returned = self.run("update", layer_idx, 0, change, key_states, value_states, plan)
+        if is_last:
+            self._plan = None
+        return returned
+
+    def _begin_compiled_step(self) -> None:
+        self.watch.moved = True
+        self.policy.expect_compiled_steps()
+        self.groups.count_step()
+
+    def _begin_pass(self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor) -> UpdatePlan:
+        """Check what a pass brings before its first layer, or a layer that has no states yet, takes it."""
+        if layer_idx == self.spec.sink_layers[0]:
+            self.watch.begin_pass(plan.query_length)
+            if self._repeat_padding(key_states.shape[0]):
+                plan = self._plan = UpdatePlan(self.layout, plan.start, plan.query_length)
+        # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
+        told = plan.start > 0 or self.layout.positions.left_padding is not None
+        if layer_idx == self.spec.first_rotating_layer and not told and starts_with_pads(key_states, value_states):
+            self.reset()  # layers before this one took the prompt already
+            raise ValueError(
+                "`key_states` start with two equal tokens, as only padding does. Tell the cache of it: "
+                "`SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, which does."
+            )
+        return plan
+
+    def _repeat_padding(self, batch_size: int) -> bool:
+        """Repeat the rows of the padding for beams and several answers to a prompt; return True if that was needed."""
+        padding = self.layout.positions.left_padding
+        if padding is None or len(padding) == batch_size or self.first.is_initialized:
+            return False
+        repeats, rest = divmod(batch_size, len(padding))
+        if rest != 0:
+            raise ValueError(
+                f"`attention_mask` must have a row for each of the {batch_size} sequences, or for each group of equal "
+                f"length, got {len(padding)}."
+            )
+        self.set_positions(self.layout.positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
+        return True
+
+    def _update_last(self, key_states: Tensor, value_states: Tensor, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
+        """Update the last sink layer, and tell compiled steps how far the stream is."""
+        returned = self.last.update(key_states, value_states, plan)
+        self.policy.note_pass(plan.query_length)
+        self.tell_compiled_steps()
+        return returned
+
+    def tell_compiled_steps(self) -> None:
+        """Bring what compiled steps read up to date."""
+        seen, evicted = self.last.seen, self.last.num_evicted
+        self._static.set(seen)
+        self.groups.set_count(seen, has_gap=evicted > max(seen + 1 - self.spec.window_length, 0))
+
+    def sync(self) -> None:
+        """Let Python know how many tokens compiled steps have taken. Waits for the device if there are any."""
+        if self.groups.is_stale:
+            seen = int(self.first.group.count)
+            for layer in self.sink_layers():
+                layer.catch_up(seen)
+            self.tell_compiled_steps()
+
+    @property
+    def has_unread_steps(self) -> bool:
+        """True outside of a compiled model if compiled steps have counted tokens that Python does not know of."""
+        return self.groups.is_stale and not self.policy.is_compiling
+
+    def check_like_sink_layers(self, layer: Any, key_states: Tensor) -> None:
+        """Check states for a layer of another kind, which would take what the sink layers refuse."""
+        first = self.first
+        if first.is_initialized:
+            stored, dtype = first.keys.shape[0], first.keys.dtype
+            if key_states.shape[0] != stored or key_states.dtype != dtype:
+                raise ValueError(
+                    f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
+                    f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
+                )
+        if not self.policy.is_compiling:
+            self.check_limit(layer.get_seq_length(), key_states.shape[2])
+
+    def mask_sizes(self, query_length: int, layer: SinkLayer) -> tuple[Any, Any]:
+        """Return the number of keys and the position of the first one, see `SinkCache.get_mask_sizes`."""
+        plan = self.plan_for(layer, query_length, announcing=True)
+        if isinstance(plan, StaticPlan) and plan.needs_count:
+            return plan.kv_length, plan.offset_after(layer.get_seq_length())
+        return plan.kv_length, plan.kv_offset
+
+    @property
+    def expects_static_step(self) -> bool:
+        """True if the next single token gets all slots."""
+        if self.first.is_initialized:
+            return self._is_static_step(self.first)
+        return self.policy.expects_static(None)
+
+    # --- a pass is whole, or the next call says so
+
+    def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """Change the states of a layer as a part of a pass."""
+        if self.policy.is_compiling:
+            return change(*args, **kw)
+        return self._guard.run((name, layer_idx, state_idx), self._damage, change, *args, **kw)
+
+    @contextlib.contextmanager
+    def changing(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Inside, all layers are changed between two passes; `refusals` change nothing."""
+        self.sync()
+        with self._guard.changing(self._damage, *refusals):
+            self._plan = None
+            yield
+            self.tell_compiled_steps()
+
+    def check(self) -> None:
+        """Check that no pass and no change was interrupted.
+
+        Raises:
+            RuntimeError: if one was, or runs now.
+        """
+        self.sync()
+        self._guard.check(self._damage)
+
+    def _damage(self, parts: Iterable[tuple[str, int, int]]) -> str | None:
+        """Return which layers do not belong together any more, or None."""
+        last = self.spec.text_layers[-1]
+        with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
+        has_one = isinstance(self.layers[last], LinearAttentionLayer)
+        if has_one and with_recurrent_state and last not in with_recurrent_state:
+            return f"in layer {last}"
+        lengths = {layer.get_seq_length() for layer in self._counting_layers()}
+        if len(lengths) > 1:
+            return f"between two layers: they have seen {' and '.join(map(str, sorted(lengths)))} tokens"
+        return None
+
+    def _counting_layers(self) -> Iterator[CacheLayerMixin]:
+        for layer in (self.layers[i] for i in self.spec.text_layers):
+            if isinstance(layer, CacheLayerMixin):
+                yield layer
+            if isinstance(layer, IndexedSinkLayer) and layer.indexer.is_initialized:  # some share that of another
+                yield layer.indexer
+
+    # --- the end of the positions
+
+    def positions_left(self, seen: int | None = None) -> int:
+        """Return how many tokens can follow the `seen` ones, see `SinkCache.positions_left`."""
+        if seen is None:
+            # +1: a compiled step may have been announced but not yet run.
+            steps = self._static.steps_announced + 1
+            seen = self.first.seen + steps if self.groups.is_stale else self.first.get_seq_length()
+        positions = self.layout.positions
+        # The row with the fewest pads is the furthest.
+        least = positions.min_padding
+        return self.spec.positions.limit - (seen - least - max(positions.offset - least, 0))
+
+    def check_limit(self, seen: int, query_length: int) -> None:
+        """Check that `query_length` tokens can follow the `seen` ones."""
+        left, limit = self.positions_left(seen), self.spec.positions.limit
+        if query_length > left:
+            raise ValueError(
+                f"`query_length` must be at most {left} after {seen} tokens, got {query_length}: the model ends or "
+                f"changes its behaviour at position {limit}. Call `sink_generate`, which rebases positions where the "
+                "model allows it, or start a new stream with `reset()`."
+            )
+        if limit - left >= COARSE_POSITION and not self._warned_of_coarse_positions:
+            self._warned_of_coarse_positions = True
+            remedy = (
+                "Call `sink_generate`, which rebases positions, or, in your own decoding loop, `compact()` at times."
+                if self.spec.can_rebase
+                else "The positions of this model cannot be rebased; start a new stream with `reset()`."
+            )
+            warnings.warn(
+                f"The stream is at position {limit - left}: models compute angles in float32, and there their "
+                f"roundings begin to show in the logits. {remedy}",
+                stacklevel=2,
+            )
+
+    def needs_rebase(self, query_length: int) -> bool:
+        """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
+        left = self.positions_left()
+        accurate = max(ACCURATE_POSITIONS, 2 * self.spec.window_length)
+        return self.spec.can_rebase and (query_length > left or self.spec.positions.limit - left >= accurate)
+
+    def _check_static_step(self, rebased: bool, compiling: bool) -> None:
+        """Check a step that will be compiled, as far as that is possible without waiting for the device."""
+        self._check_rebased(rebased)
+        if not compiling:
+            self._static.announce()
+            if self.positions_left() < 1:
+                self.sync()
+                self.check_limit(self.first.get_seq_length(), 1)
+
+    def _check_rebased(self, rebased: bool) -> None:
+        if self.layout.positions.offset > 0 and not rebased:
+            raise ValueError(
+                f"The cache counts positions from {self.layout.positions.offset} tokens on, since `sink_generate` "
+                "rebased them. Continue it with `sink_generate` or `sink_prefill`."
+            )
+
+    def reset(self) -> None:
+        """Drop the states of all layers and begin a new stream, whose rows are not padded."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
+                LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+            # Dropped before they would be zeroed: states of inference mode cannot be, outside of it. A layer without
+            # sinks would go on recording.
+            if isinstance(layer, DynamicLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
+            layer.reset()
+        self.restart(TokenPositions())
+
+
+def _build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
+    """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
+    layers: list[Any] = list(spec.layers)
+    window = spec.window_length, spec.num_sink_tokens
+    for i in spec.sink_layers:
+        rotation = spec.positions.rotations[i]
+        if isinstance(layers[i], LinearAttentionLayer):
+            layers[i] = HybridSinkLayer(*window, rotation, groups, number_of_states=layers[i].number_of_states)
+        elif isinstance(layers[i], DynamicIndexedLayer):
+            layers[i] = IndexedSinkLayer(*window, rotation, groups, spec.positions.indexers.get(i))
+        else:
+            layers[i] = SinkLayer(*window, rotation, groups)
+    return layers
