@@ -58,7 +58,7 @@ class Setting:
 
 
 class _FloorLayer(CacheLayerMixin):
-    """Layer that stores nothing and returns the keys of a full window: leaves the time of the model itself."""
+    """Cache layer that stores nothing and returns the keys of a full window. Only the time of the model remains."""
 
     is_sliding = False
     keys: Tensor
