@@ -1,7 +1,7 @@
-"""Measure, and write `docs/benchmarks.md`: python -m benchmarks [SECTION ...]
+"""Run the benchmarks and write `docs/benchmarks.md`: python -m benchmarks [SECTION ...]
 
-Without sections all that the machine can do are run; the page keeps what was measured before of the others. On CUDA the
-same is measured for the shape of Llama 3 8B in bfloat16.
+By default, run all sections that this machine supports. Other sections keep their recorded results. On a CUDA device,
+the GPU sections use the shape of Llama 3 8B in bfloat16.
 """
 
 import argparse
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sections.Rows]]:
-    """What each section measures."""
-    if quick:  # that everything runs, in seconds
+    """Return the measurement of each section that this machine supports."""
+    if quick:  # check in seconds that everything runs
         tiny = Setting(TINY, (64,), rounds=3)
         return {
             "update": lambda: sections.update_cost(tiny),
@@ -61,6 +61,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
 
 
 def machine(section: str) -> str:
+    """Return the name of the device that runs a section."""
     if section.startswith("gpu"):
         return torch.cuda.get_device_name()
     model = next(
@@ -70,34 +71,39 @@ def machine(section: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def rounded(figures: Any) -> Any:
-    """Figures to five digits."""
-    if isinstance(figures, dict):
-        return {key: rounded(value) for key, value in figures.items()}
-    if isinstance(figures, list):
-        return [rounded(value) for value in figures]
-    return float(f"{figures:.5g}") if isinstance(figures, float) else figures
+def rounded(results: Any) -> Any:
+    """Return results with all floats rounded to five significant digits."""
+    if isinstance(results, dict):
+        return {key: rounded(value) for key, value in results.items()}
+    if isinstance(results, list):
+        return [rounded(value) for value in results]
+    return float(f"{results:.5g}") if isinstance(results, float) else results
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(page.SECTIONS)}")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that all of it runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="the folder of the page")
-    parser.add_argument("--no-predecessors", action="store_true", help="leave out what needs environments of its own")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"sections to run: {', '.join(page.SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, to check that everything runs")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the page (default: docs)")
+    parser.add_argument("--page", action="store_true", help="run nothing; write the page from the recorded results")
+    parser.add_argument(
+        "--no-predecessors", action="store_true", help="skip the predecessors, which need their own environments"
+    )
     options = parser.parse_args(arguments)
 
     environments = None if options.no_predecessors else ROOT / ".benchmarks"
     chosen = plans(options.quick, environments)
     unknown = set(options.sections) - set(page.SECTIONS)
     if unknown:
-        parser.error(f"unknown sections {sorted(unknown)}, there are {page.SECTIONS}")
-    if not torch.cuda.is_available():
-        print("No CUDA device: the page keeps the tables of the last one.")
+        parser.error(f"unknown sections {sorted(unknown)}; the sections are {', '.join(page.SECTIONS)}")
+    if options.page and options.sections:
+        parser.error("`--page` runs no sections")
     folder = options.output / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in options.sections or chosen:
+    if not options.page and not torch.cuda.is_available():
+        print("No CUDA device: the GPU sections keep their recorded results.")
+    for name in [] if options.page else options.sections or chosen:
         if name not in chosen:
             parser.error(f"section {name!r} needs a CUDA device")
         print(f"{name} ...", flush=True)

@@ -1,9 +1,8 @@
-"""Every causal language model of the installed transformers, exact or refused: python -m benchmarks.architectures
+"""Test a SinkCache with every causal language model of transformers: python -m benchmarks.architectures
 
-Walks the registry, builds each model type tiny and random, and compares a SinkCache with a statement of truth that
-needs no reference code: in a model with one layer a token's cached state depends on that token alone, so that its
-logits must be those of the same model, without any cache, on the kept tokens alone. Fails if a type is wrong, crashes,
-or was exact before; --write records the verdicts and writes docs/architectures.md.
+For each registered model type, build a tiny random model and compare its logits with those of the same model without a
+cache on the kept tokens. The two are equal if the model has one layer, because then the cached state of a token depends
+on that token alone. The script fails if a type is wrong, crashes, or was exact before.
 """
 
 import argparse
@@ -30,15 +29,33 @@ from attention_sinks.cache import SinkLayer
 from attention_sinks.compat import cache_name
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
-CACHE = cache_name()  # as the installed version of transformers calls it
+CACHE = cache_name()  # name of the cache argument in the installed version of transformers
 VOCAB_SIZE = 64
 CHUNKS = [1, 7, 1, 12, 3, 1, 9, 5, 1, 8]
 SECONDS = 120
 LARGEST_MODEL = 100_000_000
 RESULTS = Path(__file__).parent / "architectures.json"
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+INTRODUCTION = """# Architectures
 
-# Sizes by the names that configs use; a name is applied where a config has it.
+This page lists every causal language model that `transformers` registers. `python -m benchmarks.architectures` builds a
+tiny random model of each type, tests it with a `SinkCache`, and records one of these verdicts:
+
+- *exact*: the logits equal those of the same model without a cache on the kept tokens alone. The test reads three
+  windows of tokens, one by one and in chunks. Only one attention layer is active in it, so that each cached state
+  depends on one token. With all layers active, the model must equal a `DynamicCache` below the window and generate past
+  it.
+- *refused*: `SinkCache(config)` raises a `NotImplementedError`. The note gives its reason.
+- *unproven*: `SinkCache(config)` accepts the model, but nothing can be compared. The logits of the model with its own
+  `DynamicCache` differ from those without a cache.
+- *cannot be built tiny*: no tiny model of this type runs.
+- `-`: this version of `transformers` does not register the type.
+
+The column *layers* lists the cache layers of the tiny model. The worst error is relative to the largest logit. Number
+of model types by version and verdict:
+"""
+
+# Small sizes, by config field. A config gets the fields that it has.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ffn_dim": 64,
@@ -58,7 +75,7 @@ SIZES: dict[str, Any] = {
     "H_cycles": 1, "L_cycles": 1,
     "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "attention_window_size": 4096,
 }  # fmt: skip
-# One layer of full attention, by the names that configs of hybrid models use for it.
+# Config fields that give one layer of full attention, also in hybrid models.
 ONE_LAYER: dict[str, Any] = {
     "num_hidden_layers": 1, "num_layers": 1, "layer_types": ["full_attention"], "layers_block_type": ["attention"],
     "attn_layer_period": 1, "attn_layer_offset": 0, "full_attention_interval": 1, "attn_layer_indices": [0],
@@ -71,15 +88,15 @@ SEVERAL_LAYERS: dict[str, Any] = {
     "attn_layer_offset": 1,
     "attn_layer_indices": [1, 3],
 }
-# A few of each kind, for a quick look at a version of transformers.
+# A few types of each kind, to check a version of transformers quickly.
 QUICK = (
     "bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3_text", "glm4", "gpt_neox", "gptj", "gpt2", "gpt_oss",
     "lfm2", "llama", "mamba2", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_next", "smollm3",
 )  # fmt: skip
-# Modules that mix tokens, and those of them that are attention, by the names of their classes.
+# Class names of modules that mix tokens, and of those that are attention.
 MIXERS = r"(Attention|MLA|Mixer|DeltaNet|ShortConv|Mamba2?(Layer)?)$"
 ATTENTION = r"(Attention|MLA)$"
-# Changes tried one after the other until a model builds and runs; None leaves the default of the config.
+# Changes to try in order, until a model builds and runs. None keeps the default of the config.
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"head_dim": None},
@@ -103,7 +120,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
-    """Random models of a type, as small as its config lets them be; yields nothing for a variant that fails."""
+    """Yield a tiny random model of a type for each variant that builds and runs."""
     defaults: Any = CONFIG_MAPPING[model_type]()
     text: Any = defaults.get_text_config(decoder=True)
     known = {
@@ -116,7 +133,7 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
         for name, value in text.to_dict().items()
         if name.endswith("_token_id") and value is not None
     }
-    if getattr(text, "rope_parameters", True) == {}:  # no default; frequencies are set by layer type then
+    if getattr(text, "rope_parameters", True) == {}:  # the config has no default and needs one per layer type
         tokens["rope_parameters"] = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     for variant in VARIANTS:
         changes = {name: value for name, value in {**SIZES, **layers, **variant}.items() if name in known}
@@ -124,7 +141,7 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
         try:
             config = type(text)(**changes, **tokens)
             for tower in vars(config).values():
-                if isinstance(tower, PreTrainedConfig):  # for images or sound
+                if isinstance(tower, PreTrainedConfig):  # an image or audio encoder
                     shrink_tower(tower)
             if text is not defaults and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
                 config = type(defaults)(text_config=config)
@@ -132,24 +149,24 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
             cache = DynamicCache(config=model.config)
             for chunk in random_ids(6).split([2, 1, 3], dim=1):
                 model(chunk, **{CACHE: cache})
-        except Exception:  # whatever the code of a model raises on sizes it was not made for
+        except Exception:  # model code raises any kind of error for sizes it does not support
             continue
         yield model
 
 
 def shrink_tower(config: Any) -> None:
-    """Make the part of a model that no text passes small."""
+    """Reduce an image or audio encoder to one layer, because text does not use it."""
     for name in ("num_hidden_layers", "num_blocks", "depth", "num_global_layers"):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, 1)
 
 
 def build(config: Any) -> Any:
-    """A random model whose attention is sharp enough that a wrong position shows; no two weights are equal."""
+    """Return a random model with sharp attention, so that a wrong position changes the logits."""
     with torch.device("meta"):
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     if size > LARGEST_MODEL:
-        raise ValueError(f"{size:,} weights are not tiny")
+        raise ValueError(f"the model must have at most {LARGEST_MODEL:,} weights, got {size:,}")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -159,19 +176,19 @@ def build(config: Any) -> Any:
 
 
 def random_ids(length: int) -> Tensor:
-    """Token ids `[1, length]`."""
+    """Return token ids `[1, length]`."""
     return torch.randint(1, VOCAB_SIZE, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error on the scale of the expected logits; NaN counts as infinite."""
+    """Return the largest error relative to the largest expected logit; infinity for NaN."""
     error = float((actual - expected).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
 
 
 @torch.no_grad()
 def agrees_with_itself(model: Any) -> bool:
-    """Whether a model gives through a DynamicCache, in chunks, what it gives without a cache."""
+    """Return True if the logits with a DynamicCache, in chunks, equal those without a cache."""
     ids, cache, seen = random_ids(24), DynamicCache(config=model.config), 0
     expected = model(ids, use_cache=False).logits
     for chunk in CHUNKS[:5]:
@@ -185,18 +202,18 @@ def agrees_with_itself(model: Any) -> bool:
 
 @torch.no_grad()
 def one_layer_error(model: Any) -> float:
-    """The worst logit of a stream twice round the ring, by tokens and by chunks, against the kept tokens alone."""
+    """Return the largest error of a stream of three windows, by tokens and in chunks, against the kept tokens alone."""
     length = 3 * WINDOW_LENGTH
     ids, worst = random_ids(length), 0.0
     for chunks in ([1] * length, CHUNKS):
         cache, seen = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS), 0
         for chunk in chunks:
-            # Given as `generate` gives them: not every model counts on by itself.
+            # Pass positions, as `generate` does: some models do not take them from the cache.
             positions = torch.arange(seen, seen + chunk)[None]
             logits = model(ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
-            surplus = max(seen + 1 - WINDOW_LENGTH, 0)
-            held = [t for t in range(seen) if not NUM_SINK_TOKENS <= t < NUM_SINK_TOKENS + surplus]
-            expected = model(ids[:, held + list(range(seen, seen + chunk))], use_cache=False).logits[:, -chunk:]
+            num_evicted = max(seen + 1 - WINDOW_LENGTH, 0)
+            kept = [t for t in range(seen) if not NUM_SINK_TOKENS <= t < NUM_SINK_TOKENS + num_evicted]
+            expected = model(ids[:, kept + list(range(seen, seen + chunk))], use_cache=False).logits[:, -chunk:]
             worst = max(worst, relative_error(logits, expected))
             seen += chunk
     return worst
@@ -204,44 +221,44 @@ def one_layer_error(model: Any) -> float:
 
 @torch.no_grad()
 def isolate(model: Any) -> None:
-    """Silence all that mixes tokens but the last attention with a ring, so that each cached state depends on one token.
+    """Disable every module that mixes tokens, except the last attention layer with sinks.
 
-    Then what is true of one layer is true of this model.
+    Each cached state then depends on one token, as in a model with one layer.
     """
     cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    rings = {i for i, layer in enumerate(cache.layers) if isinstance(layer, SinkLayer)}
+    sink_layers = {i for i, layer in enumerate(cache.layers) if isinstance(layer, SinkLayer)}
     mixers = [module for module in model.modules() if re.search(MIXERS, type(module).__name__)]
     inner = {id(child) for module in mixers for child in module.modules() if child is not module}
     mixers = [module for module in mixers if id(module) not in inner]
     attention = [
         m
         for m in mixers
-        if re.search(ATTENTION, type(m).__name__) and getattr(m, "layer_idx", None) in {None, -1, *rings}
+        if re.search(ATTENTION, type(m).__name__) and getattr(m, "layer_idx", None) in {None, -1, *sink_layers}
     ]
     for module in mixers:
         if module is not attention[-1]:
-            module.register_forward_hook(_silenced)
+            module.register_forward_hook(_zero_output)
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv1d):  # causal: the last weight is that of the token itself
+        if isinstance(module, torch.nn.Conv1d):  # causal: the last weight applies to the token itself
             module.weight[..., :-1] = 0
     for name, weight in model.named_parameters():
-        if "delayed" in name:  # values of the token before
+        if "delayed" in name:  # weights for the values of the previous token
             weight.zero_()
 
 
-def _silenced(module: Any, args: Any, output: Any) -> Any:
+def _zero_output(module: Any, args: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 @torch.no_grad()
 def several_layers_error(model: Any) -> float:
-    """The worst logit below the window against a DynamicCache; beyond it the model must generate and keep to it."""
+    """Return the largest error below the window, against a DynamicCache. Also check lengths past the window."""
     ids = random_ids(WINDOW_LENGTH)
-    cache, other = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS), DynamicCache(config=model.config)
+    cache, dynamic = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS), DynamicCache(config=model.config)
     worst = 0.0
     positions = torch.arange(WINDOW_LENGTH)[None]
-    for chunk, places in zip(*(x.split([5, 1, 1, 4, 1, 1, 3], dim=1) for x in (ids, positions)), strict=True):
-        logits, expected = (model(chunk, position_ids=places, **{CACHE: x}).logits for x in (cache, other))
+    for chunk, position_ids in zip(*(x.split([5, 1, 1, 4, 1, 1, 3], dim=1) for x in (ids, positions)), strict=True):
+        logits, expected = (model(chunk, position_ids=position_ids, **{CACHE: x}).logits for x in (cache, dynamic))
         worst = max(worst, relative_error(logits, expected))
     cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
     options: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "use_cache": True}
@@ -252,12 +269,12 @@ def several_layers_error(model: Any) -> float:
         assert not isinstance(layer, SinkLayer) or layer.get_seq_length() == WINDOW_LENGTH + 29
     options |= {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
     again: Any = sink_generate(model, ids, **options)
-    assert torch.equal(again, output), "sink_generate says something else"
+    assert torch.equal(again, output), "sink_generate and generate return different tokens"
     return worst
 
 
 def judge(model_type: str) -> dict[str, Any]:
-    """One row of the table."""
+    """Return the row of a model type."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -267,9 +284,9 @@ def judge(model_type: str) -> dict[str, Any]:
     try:
         row |= _judge(model_type)
     except NotImplementedError as error:
-        row |= {"verdict": "refused", "note": shortened(str(error))}
+        row |= {"verdict": "refused", "note": reason_of(error)}
     except _OutOfTime:
-        row |= {"note": f"after {SECONDS} s"}
+        row |= {"note": f"stopped after {SECONDS} s"}
     except Exception as error:
         row |= {"verdict": "crash", "note": re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:150]}
     finally:
@@ -277,14 +294,14 @@ def judge(model_type: str) -> dict[str, Any]:
     return row
 
 
-def shortened(reason: str) -> str:
-    """What a refusal says after the model type and before the hint."""
-    reason = re.sub(r"\s+", " ", reason)
-    return re.sub(r"^.*?model type '[^']*': ", "", reason).partition(" If its keys do turn")[0]
+def reason_of(error: Exception) -> str:
+    """Return the reason of a refusal, without the model type before it and the hint after it."""
+    message = re.sub(r"\s+", " ", str(error))
+    return re.sub(r"^.*?model type '[^']*': ", "", message).partition(" If its keys ")[0]
 
 
 class _OutOfTime(BaseException):
-    """Passes every `except Exception`."""
+    """Timeout of a model type; a BaseException, so that `except Exception` does not catch it."""
 
 
 def _out_of_time(*_: object) -> None:
@@ -299,7 +316,7 @@ def _judge(model_type: str) -> dict[str, Any]:
     if defaults.is_encoder_decoder:
         SinkCache(defaults)
     row: dict[str, Any] = {}
-    worst, refusal, doubtful = 0.0, None, False
+    worst, refusal, is_unproven = 0.0, None, False
     for layers in (ONE_LAYER, SEVERAL_LAYERS):
         for model in tiny_models(model_type, layers):
             try:
@@ -308,56 +325,59 @@ def _judge(model_type: str) -> dict[str, Any]:
                 refusal = refusal or error
                 continue
             except ValueError:
-                continue  # no layer of this variant attends further back than the window
+                continue  # no layer of this variant would keep sink tokens
             if not agrees_with_itself(model):
-                doubtful = True
+                is_unproven = True
                 continue
             if several_layers_error(model) > 1e-4:
                 return {"verdict": "wrong", "note": "differs from a DynamicCache below the window"}
             isolate(model)
             worst = max(worst, one_layer_error(model))
-            kinds = Counter("ring" if type(x) is SinkLayer else type(x).__name__ for x in cache.layers)
-            row = {"verdict": "exact" if worst < 1e-3 else "wrong", "error": f"{worst:.0e}"}
-            row["layers"] = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            row["note"] = "tokens are kept in order" if any(getattr(x, "in_order", False) for x in cache.layers) else ""
+            row = row_of(cache, worst)
             break
-    try:
-        SinkCache(defaults, WINDOW_LENGTH, NUM_SINK_TOKENS)  # what a user reads; a tiny form may differ
-    except (NotImplementedError, ValueError) as error:
-        reason = str(error)
-        if refusal is not None and "could not be measured" in reason:
-            raise refusal from error
-        # Not every default config is one that transformers can run.
-        if not row or not re.search("could not be measured|no attention layers|not even a DynamicCache", reason):
-            raise
-        row["note"] = f"but its default config is not: {shortened(reason)[:150]}"
-    if refusal is not None and not row:
-        raise refusal
-    if doubtful and not row:
-        row = {"verdict": "unproven", "note": "its logits through a DynamicCache differ from those without a cache"}
+    check_default_config(defaults, row, refusal)
+    if is_unproven and not row:
+        row = {"verdict": "unproven", "note": "its logits with a DynamicCache differ from those without a cache"}
     return row
 
 
+def row_of(cache: SinkCache, error: float) -> dict[str, Any]:
+    """Return the row of a model that was compared with itself without a cache."""
+    classes = Counter(type(layer).__name__ for layer in cache.layers)
+    in_order = any(getattr(layer, "in_order", False) for layer in cache.layers)
+    return {
+        "verdict": "exact" if error < 1e-3 else "wrong",
+        "error": f"{error:.0e}",
+        "layers": ", ".join(f"{count} {name}" for name, count in classes.items()),
+        "note": "the cache returns tokens in temporal order" if in_order else "",
+    }
+
+
+def check_default_config(defaults: Any, row: dict[str, Any], refusal: NotImplementedError | None) -> None:
+    """Compare the verdict on the default config, which a user gets, with that on the tiny models.
+
+    Raises:
+        NotImplementedError, ValueError: if the type is refused. If no default model can run, only add a note to `row`.
+    """
+    try:
+        SinkCache(defaults, WINDOW_LENGTH, NUM_SINK_TOKENS)
+    except (NotImplementedError, ValueError) as error:
+        message = str(error)
+        if refusal is not None and "could not be measured" in message:
+            raise refusal from error
+        # transformers cannot run some default configs.
+        if not row or not re.search("could not be measured|no attention layers|not even a DynamicCache", message):
+            raise
+        row["note"] = f"the default config is refused: {reason_of(error)[:150]}"
+    if refusal is not None and not row:
+        raise refusal
+
+
 def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
-    """docs/architectures.md from the rows of every version of transformers that was swept, the newest first."""
+    """Write docs/architectures.md from the recorded verdicts. The newest version of transformers comes first."""
     versions = sorted(results, key=_numbers, reverse=True)
     newest = results[versions[0]]
-    lines = [
-        "# Architectures",
-        "",
-        "Every causal language model that `transformers` registers, built tiny and random and judged by",
-        "`python -m benchmarks.architectures`.",
-        "",
-        "- *Exact*: through a full cache, twice round its ring, token by token and in chunks, the logits are those of",
-        "  the same model without a cache on the kept tokens alone (worst error on the scale of the logits). That is",
-        "  so wherever a cached state depends on one token alone: in a model with one layer, and in one with more",
-        "  whose other layers are silenced. As it is, a model of each form equals a `DynamicCache` below the window",
-        "  and generates past it.",
-        "- *Refused*: `SinkCache(config)` raises a `NotImplementedError` with this reason.",
-        "- *Unproven*: accepted, but the logits that the model gives through its own `DynamicCache` are not those that",
-        "  it gives without a cache, so that nothing can be compared.",
-        "",
-    ]
+    lines = [INTRODUCTION]
     for version in versions:
         counts = Counter(row["verdict"] for row in results[version].values())
         lines.append(f"- transformers {version}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
@@ -377,10 +397,14 @@ def _numbers(version: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="model types (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a few types of each kind")
-    parser.add_argument("--write", action="store_true", help="write the table of this version of transformers")
+    parser.add_argument("types", nargs="*", help="model types to test (default: all)")
+    parser.add_argument("--quick", action="store_true", help="test only a few types of each kind")
+    parser.add_argument("--write", action="store_true", help="record the verdicts and write docs/architectures.md")
+    parser.add_argument("--page", action="store_true", help="test nothing; write the page from the recorded verdicts")
     options = parser.parse_args()
+    if options.page:
+        write_page(json.loads(RESULTS.read_text()))
+        return
     types = options.types or (QUICK if options.quick else None) or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     rows: dict[str, dict[str, str]] = {}
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=20) as pool:
@@ -389,7 +413,7 @@ def main() -> None:
             rows[row.pop("type")] = row
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    # A version that has not been recorded is compared with the newest that has.
+    # Compare a version without recorded verdicts with the newest recorded version.
     known = results.get(transformers.__version__) or results[max(results, key=_numbers)]
     failed = [name for name, row in rows.items() if row["verdict"] in ("wrong", "crash")]
     worse = [
@@ -398,8 +422,8 @@ def main() -> None:
         if row["verdict"] != "exact" and known.get(name, {}).get("verdict") == "exact"
     ]
     if options.write:
-        before = results.get(transformers.__version__, {})
-        results[transformers.__version__] = {**before, **dict(sorted(rows.items()))}
+        recorded = results.get(transformers.__version__, {})
+        results[transformers.__version__] = {**recorded, **dict(sorted(rows.items()))}
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
         write_page(results)
     counts = Counter(row["verdict"] for row in rows.values())

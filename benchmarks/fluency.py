@@ -1,10 +1,12 @@
-"""Is text still fluent after 10,000 generated tokens? Writes docs/evaluation/fluency.*: python -m benchmarks.fluency
+"""Measure if text is still fluent after 10,000 generated tokens: python -m benchmarks.fluency
 
-A model writes on from one opening, with each cache: one with attention sinks, one without, and one that keeps
-everything. Each segment is judged without a cache, by two figures. `distinct_3`: the share of its 3-grams that differ
-from one another, low where text goes in circles. `perplexity`: the model's own, of the segment after the one before it,
-high where the text is none. A segment is degenerate if fewer than half of its 3-grams are distinct, or if its
-perplexity is above `GIBBERISH`.
+Writes docs/evaluation/fluency.*. The model continues one opening with three caches: with sink tokens, without sink
+tokens, and with a cache that keeps all tokens. Two numbers judge each segment of the text, both without a cache:
+
+- `distinct_3`: the share of distinct 3-grams. It is low if the text repeats itself.
+- `perplexity`: the perplexity of the same model, given the segment before. It is high if the text is gibberish.
+
+A segment is degenerate if `distinct_3` is below `REPETITIVE` or `perplexity` is above `GIBBERISH`.
 """
 
 import argparse
@@ -32,8 +34,8 @@ GIBBERISH = 50.0
 Rows = list[dict[str, Any]]
 
 
-class Clock(BaseStreamer):
-    """Notes when each token came."""
+class TokenTimer(BaseStreamer):
+    """Streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -44,30 +46,32 @@ class Clock(BaseStreamer):
     def end(self) -> None: ...
 
 
-def written(model: Any, prompt: Tensor, cache: Any, length: int) -> tuple[Tensor, list[float]]:
-    """The prompt and `length` tokens after it, `[n]`, and when each of these came, in seconds."""
-    clock = Clock()
+def generate_text(model: Any, prompt: Tensor, cache: Any, length: int) -> tuple[Tensor, list[float]]:
+    """Return the prompt and `length` new tokens, `[n]`, and the time of the prompt and of each token, in seconds."""
+    timer = TokenTimer()
     set_seed(0)
     options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "top_p": 0.95}
-    options |= {cache_name(): cache, "streamer": clock, "temperature": 1.0, "top_k": 0}
+    options |= {cache_name(): cache, "streamer": timer, "temperature": 1.0, "top_k": 0}
     generate = sink_generate if isinstance(cache, SinkCache) else type(model).generate
     output: Any = generate(model, prompt, **options)
-    return output[0], clock.times
+    return output[0], timer.times
 
 
 def distinct_3(tokens: list[int]) -> float:
+    """Return the share of distinct 3-grams."""
     grams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
     return len(set(grams)) / len(grams)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, context: Tensor, segment: Tensor) -> float:
+    """Return the perplexity of a segment `[n]` after a context `[m]`, without a cache."""
     logits: Tensor = model(torch.cat([context, segment])[None], use_cache=False).logits[0]
     return math.exp(float(cross_entropy(logits[len(context) - 1 : -1].float(), segment)))
 
 
-def judged(model: PreTrainedModel, ids: Tensor, times: list[float], cache: Any, name: str) -> Rows:
-    """A row for every segment of a generated text `[n]`, of which the first token came at `times[1]`."""
+def score_segments(model: PreTrainedModel, ids: Tensor, times: list[float], cache: Any, name: str) -> Rows:
+    """Return a row for each segment of a text `[n]`. `times[1]` is the time of the first generated token."""
     first = len(ids) - len(times) + 1
     per_token = sum(t.nbytes // t.shape[2] for layer in cache.layers for t in (layer.keys, layer.values))
     rows = []
@@ -89,20 +93,22 @@ def judged(model: PreTrainedModel, ids: Tensor, times: list[float], cache: Any, 
 
 
 def is_degenerate(row: dict[str, Any]) -> bool:
+    """Return True if a segment repeats itself or is gibberish."""
     return float(row["distinct_3"]) < REPETITIVE or float(row["perplexity"]) > GIBBERISH
 
 
 def plot(rows: Rows, path: Path) -> None:
+    """Plot each column over the number of generated tokens, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     panels = figure.subplots(2, 2)
-    shown = (("perplexity", "own perplexity, without a cache"), ("distinct_3", "distinct 3-grams"),
-             ("ms_per_token", "ms per token"), ("MiB", "MiB of cache"))  # fmt: skip
-    for axes, (column, label) in zip(panels.flat, shown, strict=True):
+    columns = (("perplexity", "perplexity without a cache"), ("distinct_3", "share of distinct 3-grams"),
+               ("ms_per_token", "ms per token"), ("MiB", "cache memory (MiB)"))  # fmt: skip
+    for axes, (column, label) in zip(panels.flat, columns, strict=True):
         for name in dict.fromkeys(row["cache"] for row in rows):
-            mine = [row for row in rows if row["cache"] == name]
-            axes.plot([row["position"] for row in mine], [row[column] for row in mine], label=name, linewidth=1.5)
+            curve = [row for row in rows if row["cache"] == name]
+            axes.plot([row["position"] for row in curve], [row[column] for row in curve], label=name, linewidth=1.5)
         axes.set(xlabel="tokens generated", ylabel=label)
         axes.grid(visible=True, alpha=0.25)
     panels[0, 0].set_yscale("log")
@@ -114,9 +120,9 @@ def plot(rows: Rows, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=10_000)
-    parser.add_argument("--window-length", type=int, default=256)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evaluation")
+    parser.add_argument("--tokens", type=int, default=10_000, help="number of tokens to generate")
+    parser.add_argument("--window-length", type=int, default=256, help="window length of the caches")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evaluation", help="output folder")
     options = parser.parse_args(arguments)
 
     model, tokenizer = load_model()
@@ -130,11 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows: Rows = []
     log = []
     for name, cache in caches.items():
-        ids, times = written(model, prompt, cache, options.tokens)
-        mine = judged(model, ids, times, cache, name)
-        rows += mine
-        rate = sum(map(is_degenerate, mine)) / len(mine)
-        print(f"{name}: {rate:.0%} of {len(mine)} segments are degenerate", flush=True)
+        ids, times = generate_text(model, prompt, cache, options.tokens)
+        segments = score_segments(model, ids, times, cache, name)
+        rows += segments
+        rate = sum(map(is_degenerate, segments)) / len(segments)
+        print(f"{name}: {rate:.0%} of {len(segments)} segments are degenerate", flush=True)
         log.append(f"==== {name}: {rate:.0%} of its segments are degenerate ====")
         starts = 0, len(ids) // 4, len(ids) // 2, 3 * len(ids) // 4, len(ids) - 120
         log += [f"---- from token {start} ----\n{tokenizer.decode(ids[start : start + 120])}" for start in starts]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of a real shape with random weights, full caches, and timing in turns."""
+"""Shared parts of the benchmarks: models of a real shape with random weights, full caches, alternating timing."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from attention_sinks import SinkCache
 from attention_sinks.compat import cache_name
 
-CACHE = cache_name()  # as the installed version of transformers calls it
+CACHE = cache_name()  # name of the cache argument in the installed version of transformers
 
 SMOLLM2_135M = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large a benchmark runs."""
+    """Model shape, window lengths, number of rounds, device and dtype of a benchmark."""
 
     shape: dict[str, Any]
     window_lengths: tuple[int, ...]
@@ -44,20 +44,21 @@ class Setting:
     dtype: torch.dtype = torch.float32
 
     def model(self, num_layers: int | None = None) -> Any:
+        """Return a Llama model of this shape, with `num_layers` layers if given."""
         config = LlamaConfig(**self.shape, max_position_embeddings=2**20)
         config.num_hidden_layers = num_layers or config.num_hidden_layers
         torch.manual_seed(0)
-        before = torch.get_default_dtype()
+        default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
                 return LlamaForCausalLM(config).eval()
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
 
 
 class _FloorLayer(CacheLayerMixin):
-    """Stores nothing and returns as many keys as a full window has: the model's own time remains."""
+    """Cache layer that stores nothing and returns the keys of a full window. Only the time of the model remains."""
 
     is_sliding = False
     keys: Tensor
@@ -92,8 +93,8 @@ def random_states(config: PreTrainedConfig, length: int, device: torch.device, d
     return torch.randn(1, config.num_key_value_heads, length, head_dim, device=device, dtype=dtype)
 
 
-def filled(cache: Cache, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype) -> Cache:
-    """A cache that has seen `length` tokens."""
+def fill(cache: Cache, config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype) -> Cache:
+    """Update a cache with `length` random tokens and return it."""
     for layer_idx in range(config.num_hidden_layers):
         states = random_states(config, length, device, dtype)
         cache.update(states, states, layer_idx)
@@ -101,24 +102,24 @@ def filled(cache: Cache, config: PreTrainedConfig, length: int, device: torch.de
 
 
 def full_cache(name: str, model: Any, window_length: int) -> Any:
-    """A full cache of the kind `name` for a model."""
+    """Return a full cache for a model; `name` is its class, or `"floor"`."""
     config, device, dtype = model.config, model.device, model.dtype
     if name == "floor":
         states = [random_states(config, window_length, device, dtype) for _ in range(config.num_hidden_layers)]
-        return Cache(layers=[_FloorLayer(one) for one in states])
+        return Cache(layers=[_FloorLayer(layer_states) for layer_states in states])
     cache: Any
     if name == "StaticCache":
-        # Its last slot is written again and again: it has no room for more.
-        cache = filled(StaticCache(config, max_cache_len=window_length), config, window_length - 1, device, dtype)
+        # One slot stays free. Every decode step writes to it.
+        cache = fill(StaticCache(config, max_cache_len=window_length), config, window_length - 1, device, dtype)
     elif name == "DynamicCache":
-        cache = filled(DynamicCache(config=config), config, window_length - 1, device, dtype)
+        cache = fill(DynamicCache(config=config), config, window_length - 1, device, dtype)
     else:
-        cache = filled(SinkCache(config, window_length), config, window_length, device, dtype)
+        cache = fill(SinkCache(config, window_length), config, window_length, device, dtype)
     return cache
 
 
-def step_of(name: str, forward: Any, model: Any, window_length: int) -> Callable[[], None]:
-    """Decode one token with a full cache."""
+def decode_step(name: str, forward: Any, model: Any, window_length: int) -> Callable[[], None]:
+    """Return a function that decodes one token with a full cache, which keeps its length."""
     cache = full_cache(name, model, window_length)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
@@ -133,26 +134,29 @@ def step_of(name: str, forward: Any, model: Any, window_length: int) -> Callable
     return step
 
 
-def waiting_for(device: torch.device) -> Callable[[], object]:
-    """A function that waits until the device has done all it was told."""
+def synchronizer(device: torch.device) -> Callable[[], object]:
+    """Return a function that waits until the device has finished all its work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def in_turns(
+def time_alternately(
     candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call of the candidates, which take turns so that a drift of the machine meets them all."""
-    wait = waiting_for(device)
+    """Return the seconds per call of each candidate, for each round.
+
+    The candidates alternate, so that a slower machine in between affects all of them.
+    """
+    synchronize = synchronizer(device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 3):
         names = list(candidates)
         for name in names if round_ % 2 else reversed(names):
-            candidates[name]()  # its buffers back into the caches
-            wait()
+            candidates[name]()  # warm up the CPU caches
+            synchronize()
             start = time.perf_counter()
             for _ in range(repeats):
                 candidates[name]()
-            wait()
+            synchronize()
             if round_ >= 3:
                 times[name].append((time.perf_counter() - start) / repeats)
     return times
@@ -163,18 +167,19 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def spread(values: list[float], digits: int) -> str:
+def median_and_quartiles(values: list[float], digits: int) -> str:
+    """Return the median with the quartiles in brackets, for a table."""
     low, median, high = quartiles(values)
     return f"{median:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
-def ratios(times: list[float], base: list[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(times, base, strict=True)]
+def ratios(times: list[float], reference: list[float]) -> list[float]:
+    """Return the ratio of the times in each round."""
+    return [seconds / base for seconds, base in zip(times, reference, strict=True)]
 
 
 def nbytes(cache: Any) -> int:
-    """The bytes of all tensors that the layers of a cache hold."""
+    """Return the bytes of all tensors in the layers of a cache. Shared storage counts once."""
     return sum(
         {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors_of(cache.layers)}.values()
     )

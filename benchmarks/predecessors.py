@@ -1,6 +1,6 @@
-"""The predecessors, run for real in environments of their own. Run by `python -m benchmarks`, which makes these.
+"""Measure the predecessors of this library. `python -m benchmarks` creates their environments and runs this script.
 
-This file is a script for `transformers` 4.34 and 4.52 and imports nothing of the project.
+The script supports `transformers` 4.34 and 4.52 and imports nothing from this project.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def old_sink_cache(window_length):
 
 
 def update_cost(setting):
-    """Microseconds of one update of one layer of the old `SinkCache` by one token past its window."""
+    """Return the microseconds to update one layer of the old `SinkCache` by one token past its window."""
     num_heads, head_dim = setting["num_heads"], setting["head_dim"]
     rows = []
     for window_length in setting["window_lengths"]:
@@ -33,7 +33,7 @@ def update_cost(setting):
         angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos()[None], angles.sin()[None]
         prompt = torch.randn(1, num_heads, window_length, head_dim)
-        # Positions bounded by hand, as it wants them: those that `generate` gives grow without end.
+        # The old cache needs positions within the window, but `generate` passes absolute positions.
         cache.update(prompt, prompt, 0, {"cos": cos[:, :window_length], "sin": sin[:, :window_length]})
         state = torch.randn(1, num_heads, 1, head_dim)
         last = {"cos": cos[:, window_length - 1 : window_length], "sin": sin[:, window_length - 1 : window_length]}
@@ -47,7 +47,7 @@ def update_cost(setting):
 
 
 def stream(setting):
-    """Milliseconds per token and MiB of cache along one stream."""
+    """Return the milliseconds per decode step and the MiB of cache at each checkpoint of a stream."""
     config = LlamaConfig(**setting["shape"], max_position_embeddings=2**15)
     torch.manual_seed(0)
     window_length = setting["window_length"]
@@ -84,13 +84,14 @@ def stream(setting):
 
 
 def forward(model, input_ids, cache, seen, window_length):
-    more = {}
+    """Run the model on a chunk. Return the cache and the seconds."""
+    positions = {}
     if hasattr(cache, "key_cache"):
-        kept = min(seen, window_length - input_ids.shape[1])  # bounded by hand, as above
-        positions = torch.arange(kept, kept + input_ids.shape[1])
-        more = {"position_ids": positions[None], "cache_position": positions}
+        kept = min(seen, window_length - input_ids.shape[1])  # positions within the window, as above
+        cache_position = torch.arange(kept, kept + input_ids.shape[1])
+        positions = {"position_ids": cache_position[None], "cache_position": cache_position}
     start = time.perf_counter()
-    cache = model(input_ids, past_key_values=cache, use_cache=True, **more).past_key_values
+    cache = model(input_ids, past_key_values=cache, use_cache=True, **positions).past_key_values
     return cache, time.perf_counter() - start
 
 
@@ -101,11 +102,11 @@ def mebibytes(cache):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["update_cost", "stream"])
-    parser.add_argument("setting", type=json.loads)
+    parser.add_argument("function", choices=["update_cost", "stream"], help="measurement to run")
+    parser.add_argument("setting", type=json.loads, help="its options, as JSON")
     arguments = parser.parse_args()
     with torch.no_grad():
-        rows = {"update_cost": update_cost, "stream": stream}[arguments.what](arguments.setting)
+        rows = {"update_cost": update_cost, "stream": stream}[arguments.function](arguments.setting)
     print(json.dumps(rows))
 
 

@@ -1,4 +1,4 @@
-"""The measurements. Each returns rows of figures, times as lists so that the page can show their spread."""
+"""Measurements of each section of the page. Each returns rows; times are lists, so that the page can show quartiles."""
 
 import json
 import os
@@ -18,7 +18,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from attention_sinks import SinkCache, sink_prefill
 
-from .measure import CACHE, Setting, filled, full_cache, in_turns, nbytes, random_states, ratios, step_of, waiting_for
+from .measure import (
+    CACHE,
+    Setting,
+    decode_step,
+    fill,
+    full_cache,
+    nbytes,
+    random_states,
+    ratios,
+    synchronizer,
+    time_alternately,
+)
 
 Rows = list[dict[str, Any]]
 UPDATED_LAYERS, NUM_HEADS, HEAD_DIM = 4, 8, 128
@@ -30,7 +41,7 @@ PREDECESSORS = {
 
 
 def update_cost(setting: Setting) -> Rows:
-    """An update of all layers of a cache by one token, past the window or at that length, for each layer."""
+    """Time the update of a cache by one token, per layer. The cache contains `W` tokens or has a window of `W`."""
     config = LlamaConfig(
         num_hidden_layers=UPDATED_LAYERS,
         num_attention_heads=NUM_HEADS,
@@ -50,16 +61,16 @@ def update_cost(setting: Setting) -> Rows:
         for cache in caches.values():
             for layer_idx in layers:
                 cache.update(prompt, prompt, layer_idx)
-        candidates = {name: partial(_take, cache, state) for name, cache in caches.items()}
+        candidates = {name: partial(_update, cache, state) for name, cache in caches.items()}
         repeats = max(2, 2**14 // window_length)
-        times = in_turns(candidates, setting.rounds, setting.device, repeats)
-        for name, one in times.items():
-            rows.append({"cache": name, "W": window_length, "us": [t / UPDATED_LAYERS * 1e6 for t in one]})
+        times = time_alternately(candidates, setting.rounds, setting.device, repeats)
+        for name, seconds in times.items():
+            rows.append({"cache": name, "W": window_length, "us": [t / UPDATED_LAYERS * 1e6 for t in seconds]})
     return rows
 
 
-def _take(cache: Any, state: Tensor) -> None:
-    """Update all layers by one token, after which the cache is as long as before."""
+def _update(cache: Any, state: Tensor) -> None:
+    """Update all layers by one token, then restore the length of the cache."""
     for layer_idx, layer in enumerate(cache.layers):
         cache.update(state, state, layer_idx)
         if type(layer) is DynamicLayer:
@@ -71,33 +82,33 @@ def _take(cache: Any, state: Tensor) -> None:
 
 
 def decode(setting: Setting) -> Rows:
-    """One decoded token with a full window, against a cache that stores nothing."""
+    """Time a decode step with a full window, and its ratio to a cache that stores nothing."""
     model, rows = setting.model(), []
     for window_length in setting.window_lengths:
         names = ["floor", "SinkCache", "DynamicCache"]
-        steps = {name: step_of(name, model, model, window_length) for name in names}
-        times = in_turns(steps, setting.rounds, setting.device)
+        steps = {name: decode_step(name, model, model, window_length) for name in names}
+        times = time_alternately(steps, setting.rounds, setting.device)
         for name in names:
             row = {"cache": name, "W": window_length, "ms": [t * 1e3 for t in times[name]]}
             row["ratio"] = ratios(times[name], times["floor"])
             if setting.device.type == "cuda":
-                row["kernels"], row["waits"] = kernels(steps[name]), waits(steps[name])
+                row["kernels"], row["waits"] = count_kernels(steps[name]), synchronizes(steps[name])
                 row["weights"] = sum(p.nbytes for p in model.parameters())
                 row["cached"] = nbytes(full_cache(name, model, window_length))
             rows.append(row)
     return rows
 
 
-def kernels(step: Callable[[], None]) -> int:
-    """How many kernels and copies a step launches."""
+def count_kernels(step: Callable[[], None]) -> int:
+    """Return the number of kernels and copies that a step launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
 
 
-def waits(step: Callable[[], None]) -> bool:
-    """Whether the host waits for the device in a step."""
+def synchronizes(step: Callable[[], None]) -> bool:
+    """Return True if the host waits for the device during a step."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -109,33 +120,33 @@ def waits(step: Callable[[], None]) -> bool:
 
 
 def compiled(setting: Setting, num_layers: int | None) -> Rows:
-    """The same under `torch.compile`; a `StaticCache` of the same length is the yardstick."""
+    """Time a decode step under `torch.compile`, and its ratio to a `StaticCache` of the same length."""
     model, rows = setting.model(num_layers), []
     mode = "reduce-overhead" if setting.device.type == "cuda" else None
     for window_length in setting.window_lengths:
         torch.compiler.reset()
         forward = torch.compile(model, fullgraph=True, mode=mode)
         steps = {
-            "SinkCache, eager": step_of("SinkCache", model, model, window_length),
-            "SinkCache, compiled": step_of("SinkCache", forward, model, window_length),
-            "StaticCache, compiled": step_of("StaticCache", forward, model, window_length),
+            "SinkCache, eager": decode_step("SinkCache", model, model, window_length),
+            "SinkCache, compiled": decode_step("SinkCache", forward, model, window_length),
+            "StaticCache, compiled": decode_step("StaticCache", forward, model, window_length),
         }
-        times = in_turns(steps, setting.rounds, setting.device)
-        for name, one in times.items():
-            ratio = ratios(one, times["StaticCache, compiled"])
-            rows.append({"cache": name, "W": window_length, "ms": [t * 1e3 for t in one], "ratio": ratio})
+        times = time_alternately(steps, setting.rounds, setting.device)
+        for name, seconds in times.items():
+            ratio = ratios(seconds, times["StaticCache, compiled"])
+            rows.append({"cache": name, "W": window_length, "ms": [t * 1e3 for t in seconds], "ratio": ratio})
     return rows
 
 
 def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | None) -> Rows:
-    """One chunk of a long prompt, each token with its own window, against a plain chunk on a full `DynamicCache`."""
+    """Time a chunk of `sink_prefill` past a full window, and its ratio to a plain chunk on a full `DynamicCache`."""
     model, rows = setting.model(num_layers), []
     config, device, dtype = model.config, setting.device, setting.dtype
     for window_length in setting.window_lengths:
         for chunk_size in chunk_sizes:
             ids = torch.zeros(1, chunk_size, dtype=torch.long, device=device)
             cache = full_cache("SinkCache", model, window_length)
-            dynamic = filled(DynamicCache(config=config), config, window_length, device, dtype)
+            dynamic = fill(DynamicCache(config=config), config, window_length, device, dtype)
 
             def plain(ids: Tensor, cache: Any) -> None:
                 model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
@@ -145,7 +156,7 @@ def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | No
                 list(sink_prefill(model, ids, cache, chunk_size=ids.shape[1], logits_to_keep=1))
 
             chunks = {"sink_prefill": partial(windowed, ids, cache), "plain chunk": partial(plain, ids, dynamic)}
-            times = in_turns(chunks, setting.rounds, device)
+            times = time_alternately(chunks, setting.rounds, device)
             rows += [
                 {
                     "W": window_length,
@@ -158,72 +169,85 @@ def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | No
 
 
 def stream(setting: Setting, checkpoints: tuple[int, ...], window_length: int, environments: Path | None) -> Rows:
-    """Milliseconds per decoded token and MiB of cache along one stream."""
+    """Return the milliseconds per decode step and the MiB of cache at each checkpoint of a stream."""
     model, rows = setting.model(), []
-    config, device = model.config, setting.device
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    wait = waiting_for(device)
+    config = model.config
     caches: dict[str, Any] = {
         "SinkCache": SinkCache(config, window_length),
         "DynamicCache": DynamicCache(config=config),
         "recomputed window": None,
     }
-    seen = dict.fromkeys(caches, 0)
-    for target in checkpoints:
+    for checkpoint in checkpoints:
         for name, cache in caches.items():
-            while cache is not None and seen[name] < target:
-                chunk = torch.zeros(1, min(256, target - seen[name]), dtype=torch.long, device=device)
-                if isinstance(cache, SinkCache):
-                    list(sink_prefill(model, chunk, cache, logits_to_keep=1))
-                else:
-                    model(chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
-                seen[name] += chunk.shape[1]
-            times = []
-            for _ in range(setting.rounds if cache is not None else 3):
-                wait()
-                start = time.perf_counter()
-                if cache is None:
-                    window = torch.zeros(1, max(min(target, window_length), 1), dtype=torch.long, device=device)
-                    model(window, use_cache=False, logits_to_keep=1)
-                else:
-                    model(token, **{CACHE: cache}, use_cache=True)
-                    seen[name] += 1
-                wait()
-                times.append((time.perf_counter() - start) * 1e3)
+            if cache is None:
+                window = _token_ids(model, max(min(checkpoint, window_length), 1))
+                step = partial(model, window, use_cache=False, logits_to_keep=1)
+                times = _milliseconds(step, 3, setting.device)
+            else:
+                _read_until(model, cache, checkpoint)
+                step = partial(model, _token_ids(model, 1), **{CACHE: cache}, use_cache=True)
+                times = _milliseconds(step, setting.rounds, setting.device)
             mebibytes = 0.0 if cache is None else nbytes(cache) / 2**20
-            rows.append({"cache": name, "seen": target, "ms": statistics.median(times), "MiB": mebibytes})
-    given = {"shape": {**setting.shape}, "window_length": window_length, "checkpoints": checkpoints}
-    given |= {"chunk_size": 64, "steps": setting.rounds}
+            rows.append({"cache": name, "seen": checkpoint, "ms": statistics.median(times), "MiB": mebibytes})
+    options = {"shape": {**setting.shape}, "window_length": window_length, "checkpoints": checkpoints}
+    options |= {"chunk_size": 64, "steps": setting.rounds}
     for name in PREDECESSORS:
-        rows += predecessor(name, "stream", given, environments)
+        rows += predecessor(name, "stream", options, environments)
     return rows
 
 
+def _token_ids(model: Any, length: int) -> Tensor:
+    return torch.zeros(1, length, dtype=torch.long, device=model.device)
+
+
+def _read_until(model: Any, cache: Any, length: int) -> None:
+    """Feed a cache in chunks until it has seen `length` tokens."""
+    while (seen := cache.get_seq_length()) < length:
+        chunk = _token_ids(model, min(256, length - seen))
+        if isinstance(cache, SinkCache):
+            list(sink_prefill(model, chunk, cache, logits_to_keep=1))
+        else:
+            model(chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+
+
+def _milliseconds(step: Callable[[], Any], rounds: int, device: torch.device) -> list[float]:
+    """Return the milliseconds of each of `rounds` calls."""
+    synchronize, times = synchronizer(device), []
+    for _ in range(rounds):
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
 def memory(setting: Setting) -> Rows:
-    """The bytes of a full cache against those of its window."""
+    """Return the memory of a full cache, and how much more it is than the keys and values of its window."""
     rows = []
     for window_length in setting.window_lengths:
         for dtype in (torch.float32, torch.bfloat16):
             config = LlamaConfig(**setting.shape)
-            cache = filled(SinkCache(config, window_length), config, window_length + 7, setting.device, dtype)
-            filled(cache, config, 1, setting.device, dtype)
+            cache = fill(SinkCache(config, window_length), config, window_length + 7, setting.device, dtype)
+            fill(cache, config, 1, setting.device, dtype)
             head_dim = config.hidden_size // config.num_attention_heads
             heads = config.num_key_value_heads or config.num_attention_heads
-            window = 2 * config.num_hidden_layers * heads * window_length * head_dim * dtype.itemsize
-            held = nbytes(cache)
-            rows.append({"W": window_length, "dtype": str(dtype)[6:], "MiB": held / 2**20, "over": held / window - 1})
+            expected = 2 * config.num_hidden_layers * heads * window_length * head_dim * dtype.itemsize
+            actual = nbytes(cache)
+            over = actual / expected - 1
+            rows.append({"W": window_length, "dtype": str(dtype)[6:], "MiB": actual / 2**20, "over": over})
     return rows
 
 
 def predecessor_updates(setting: Setting, environments: Path | None) -> Rows:
-    """The update of the old `SinkCache`."""
-    lengths = [w for w in setting.window_lengths if w <= 16384]  # seconds for one update beyond
-    given = {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM, "window_lengths": lengths, "rounds": setting.rounds}
-    return predecessor("SinkCache of transformers 4.52.4", "update_cost", given, environments)
+    """Time the update of the `SinkCache` of transformers 4.52.4."""
+    lengths = [w for w in setting.window_lengths if w <= 16384]  # one update of a longer window takes seconds
+    options = {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM, "window_lengths": lengths, "rounds": setting.rounds}
+    return predecessor("SinkCache of transformers 4.52.4", "update_cost", options, environments)
 
 
-def predecessor(name: str, what: str, given: dict[str, Any], environments: Path | None) -> Rows:
-    """Run a predecessor in an environment of its own, which is made the first time."""
+def predecessor(name: str, function: str, options: dict[str, Any], environments: Path | None) -> Rows:
+    """Run a function of `predecessors.py` in a separate environment, which the first call creates."""
     if environments is None:
         return []
     folder = environments / name.replace(" ", "-")
@@ -235,8 +259,8 @@ def predecessor(name: str, what: str, given: dict[str, Any], environments: Path 
         subprocess.run([*pip, *PREDECESSORS[name]], check=True)
         (folder / ".ready").touch()
     script = str(Path(__file__).with_name("predecessors.py"))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    command = [python, script, what, json.dumps(given)]
-    output = subprocess.run(command, check=True, env=clean, stdout=subprocess.PIPE, text=True).stdout
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    command = [python, script, function, json.dumps(options)]
+    output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
     rows: Rows = json.loads(output.splitlines()[-1])
     return rows

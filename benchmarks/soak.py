@@ -1,8 +1,8 @@
-"""A stream of a million tokens: is anything worse at its end? Writes docs/reliability/soak.*: python -m benchmarks.soak
+"""Check that memory, errors and speed do not change along a stream of a million tokens: python -m benchmarks.soak
 
-Turns of random length go through one cache: a text is read in chunks of 1 to 64 tokens, each token with its own window,
-and an answer is generated token by token. After each turn the logits are compared with those of the same model without
-a cache on exactly the kept tokens, which are equal in a model of one layer. Nothing else is kept of the stream.
+Writes docs/reliability/soak.*. Turns of random length use one cache. Each turn reads a text in chunks of 1 to 64
+tokens, then generates an answer. After each turn, the logits are compared with those of the same model without a cache
+on the kept tokens. The two are equal, because the model has one layer.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 
 
 def sharp_model() -> Any:
-    """A model of one layer whose attention is so sharp that a wrong key, or one at a wrong position, shows."""
+    """Return a model with one layer and sharp attention, so that a wrong key or position changes the logits."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -44,51 +44,51 @@ def sharp_model() -> Any:
 
 
 def resident_mib() -> float:
-    """Resident memory of this process; on Linux, elsewhere 0."""
+    """Return the resident memory of this process in MiB; 0 on systems other than Linux."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
 
 
 @torch.no_grad()
 def soak(tokens: int, samples: int) -> Rows:
-    """A row for each of `samples` parts of a stream of `tokens` tokens."""
-    model, chooses = sharp_model(), random.Random(0)
+    """Read and generate `tokens` tokens. Return a row for each of `samples` parts of the stream."""
+    model, rng = sharp_model(), random.Random(0)
     cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
-    first: list[int] = []
+    sinks: list[int] = []
     recent: deque[int] = deque(maxlen=WINDOW_LENGTH - NUM_SINK_TOKENS)
-    unread = [0]
+    pending = [0]  # generated, but not yet read by the model
     rows: Rows = []
     errors: list[float] = []
-    # Of each turn, ms of the processor's time per token: what else a machine does is of no matter.
+    # CPU milliseconds per token of each turn. CPU time does not depend on other processes.
     read: list[float] = []
     written: list[float] = []
 
-    def note(new: list[int]) -> None:
-        for token in new:
-            (first if len(first) < NUM_SINK_TOKENS else recent).append(token)
+    def record(new_tokens: list[int]) -> None:
+        for token in new_tokens:
+            (sinks if len(sinks) < NUM_SINK_TOKENS else recent).append(token)
 
     def error(logits: Tensor) -> float:
-        expected = model(torch.tensor([[*first, *recent]]), use_cache=False).logits[0, -1]
+        expected = model(torch.tensor([[*sinks, *recent]]), use_cache=False).logits[0, -1]
         return float((logits - expected).abs().max() / expected.abs().max())
 
     while cache.get_seq_length() < tokens:
-        text = [*unread, *(chooses.randrange(VOCAB_SIZE) for _ in range(chooses.randrange(1, 400)))]
-        started = time.process_time()
-        for output in sink_prefill(model, torch.tensor([text[:-1]]), cache, chooses.choice([1, 7, 32, 64, 64])):
-            logits: Any = output.logits
-        read.append((time.process_time() - started) / (len(text) - 1) * 1e3)
-        note(text[:-1])
+        text = [*pending, *(rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 400)))]
+        start = time.process_time()
+        for chunk in sink_prefill(model, torch.tensor([text[:-1]]), cache, rng.choice([1, 7, 32, 64, 64])):
+            logits: Any = chunk.logits
+        read.append((time.process_time() - start) / (len(text) - 1) * 1e3)
+        record(text[:-1])
         errors.append(error(logits[0, -1]))
 
-        length = chooses.randrange(1, 100)
+        length = rng.randrange(1, 100)
         options: dict[str, Any] = {"max_new_tokens": length, "do_sample": True, "pad_token_id": 0, "eos_token_id": None}
         options |= {"output_logits": True, "return_dict_in_generate": True}
-        started = time.process_time()
-        made: Any = sink_generate(model, torch.tensor([text[-1:]]), cache=cache, **options)
-        written.append((time.process_time() - started) / length * 1e3)
-        note(made.sequences[0, :-1].tolist())
-        errors.append(error(made.logits[-1][0]))
-        unread = made.sequences[0, -1:].tolist()
+        start = time.process_time()
+        output: Any = sink_generate(model, torch.tensor([text[-1:]]), cache=cache, **options)
+        written.append((time.process_time() - start) / length * 1e3)
+        record(output.sequences[0, :-1].tolist())
+        errors.append(error(output.logits[-1][0]))
+        pending = output.sequences[0, -1:].tolist()
 
         if cache.get_seq_length() >= tokens * (len(rows) + 1) / samples:
             gc.collect()
@@ -108,12 +108,13 @@ def soak(tokens: int, samples: int) -> Rows:
 
 
 def plot(rows: Rows, path: Path) -> None:
+    """Plot memory, errors and CPU time over the number of tokens, as an SVG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    shown = ((("MiB",), "resident memory, MiB"), (("error",), "error on the scale of the logits"),
-             (("cpu_ms_per_token_read", "cpu_ms_per_token_written"), "CPU time per token, ms"))  # fmt: skip
-    for axes, (columns, label) in zip(figure.subplots(1, 3), shown, strict=True):
+    panels = ((("MiB",), "resident memory (MiB)"), (("error",), "largest error relative to the largest logit"),
+              (("cpu_ms_per_token_read", "cpu_ms_per_token_written"), "CPU time per token (ms)"))  # fmt: skip
+    for axes, (columns, label) in zip(figure.subplots(1, 3), panels, strict=True):
         for column in columns:
             name = column.rpartition("_")[2] if len(columns) > 1 else None
             axes.plot([row["tokens"] for row in rows], [float(row[column]) for row in rows], label=name)
@@ -128,12 +129,12 @@ def plot(rows: Rows, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "reliability")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="length of the stream")
+    parser.add_argument("--samples", type=int, default=100, help="number of rows to record")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "reliability", help="output folder")
     options = parser.parse_args(arguments)
 
-    torch.set_num_threads(1)  # a model as small as this one gains nothing from more
+    torch.set_num_threads(1)  # a model of this size is not faster with more threads
     rows = soak(options.tokens, options.samples)
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "soak.csv").open("w", newline="") as file:

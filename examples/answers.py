@@ -1,4 +1,4 @@
-"""Several answers to one long prompt, which is read once: a cache can be copied."""
+"""Generate several answers to one long prompt. The prompt is read once; each answer uses a copy of the cache."""
 
 import copy
 import pydoc_data.topics
@@ -13,7 +13,7 @@ text = pydoc_data.topics.topics["strings"][:3_000] + "\n\nIn short, strings in P
 prompt = tokenizer(text, return_tensors="pt")["input_ids"]
 
 cache = SinkCache(model.config, window_length=256)
-for _ in sink_prefill(model, prompt[:, :-1], cache):  # all but the last token, with which each answer begins
+for _ in sink_prefill(model, prompt[:, :-1], cache):  # `sink_generate` reads the last token
     pass
 print(f"{cache.get_seq_length()} tokens read, {cache.kept_length} kept")
 

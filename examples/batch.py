@@ -1,4 +1,4 @@
-"""Continue prompts of different length together, past the window: each row is what it is alone."""
+"""Continue prompts of different lengths in one left-padded batch, past the window. Each row equals a run on its own."""
 
 from attention_sinks import sink_generate
 from attention_sinks.load import load_model

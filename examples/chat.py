@@ -1,9 +1,9 @@
-"""A conversation that goes past its window several times over, with a system prompt that is never forgotten."""
+"""Chat for several times the window length. The system prompt is never evicted."""
 
 from attention_sinks import SinkSession
 from attention_sinks.load import load_model
 
-model, tokenizer = load_model()  # SmolLM2-135M; for another: AutoModelForCausalLM and AutoTokenizer
+model, tokenizer = load_model()  # SmolLM2-135M; load others with AutoModelForCausalLM and AutoTokenizer
 session = SinkSession(model, tokenizer, window_length=72, system="You are a cheerful sailor. Answer in one sentence.")
 
 for message in (

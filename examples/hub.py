@@ -1,4 +1,4 @@
-"""The form for the Hub: `generate` with a `custom_generate` repository, here from its folder beside this one."""
+"""Call `generate` with a `custom_generate` repository. On the Hub it has an id; here it is the folder `hub`."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""Share a model between processes. Each computes some of its heads, and its cache holds those alone:
+"""Split a model over processes (tensor parallelism). Each process computes and caches some of the heads:
 
     torchrun --standalone --nproc-per-node 3 examples/tensor_parallel.py
 
-The processes must divide the key-value heads, and SmolLM2-135M has three.
+The number of processes must divide the number of key-value heads. SmolLM2-135M has three.
 """
 
 import os
@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 from attention_sinks import SinkCache, sink_generate
 from attention_sinks.load import source_of
 
-name, options = source_of(sys.argv[1] if sys.argv[1:] else None)  # a name, or a folder; or SmolLM2-135M
+name, options = source_of(sys.argv[1] if sys.argv[1:] else None)  # Hub id or folder; default: SmolLM2-135M
 tokenizer = AutoTokenizer.from_pretrained(name, **options)
 model = AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(tp_plan="auto"), **options)
 inputs = tokenizer("Once upon a time there was a lighthouse keeper who", return_tensors="pt").to(model.device)

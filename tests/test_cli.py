@@ -73,10 +73,10 @@ def test_bad_input_is_answered_with_one_line(folder: Path, text: Path, tmp_path:
         (("chat", "-m", "no-such-folder-here"), "no-such-folder-here"),
         (("perplexity", "latin.txt"), "latin.txt is not UTF-8 (byte 1)"),
         (("perplexity", "nothing.txt"), "No such file or directory: 'nothing.txt'"),
-        (("perplexity", text, "--baselines", "dense,best"), "must be of dense, window, recompute, got 'best'"),
-        (("perplexity", text, "-s", "4,x"), "must be numbers from 0 to below the window of 256, got 'x'"),
+        (("perplexity", text, "--baselines", "dense,best"), "must be names from dense, window, recompute, got 'best'"),
+        (("perplexity", text, "-s", "4,x"), "must be numbers from 0 to 255 (below `--window-length`), got 'x'"),
         (("perplexity", text, "-s", ""), "There is nothing to measure"),
-        (("perplexity", text, "-o", "missing/p"), "`--output` must lie in a folder that exists"),
+        (("perplexity", text, "-o", "missing/p"), "`--output` must be in an existing folder"),
         (("perplexity", "short.txt", "-m", folder), "must be longer than the window, got 3 tokens"),
         (("generate", "-m", folder), "Give either PROMPT or `--file`"),
         (("generate", "", "-m", folder), "the text is empty"),
@@ -112,7 +112,7 @@ def test_info_says_what_the_cache_of_the_model_does_and_holds(folder: Path, tmp_
     for words in (
         "supported: exact",
         "layers 0-1",
-        "16 dimensions from 0 on turn, halves in pairs, once in 6.3 to ",
+        "RoPE: 16 rotary dimensions from dimension 0, rotate-half layout, wavelengths 6.3 to ",
         f"{held * 10 / 2**20:.2f} MiB for 1,000 tokens of window, float32",
         f"{held / 2**20:.2f} MiB for this window of 100",
     ):
@@ -205,7 +205,7 @@ def test_a_chat_goes_on_past_the_window_and_ctrl_c_stops_an_answer_only(chat: Te
         chat.read_until("> ")
     assert seen > 3 * 64
     chat.type("\x03")
-    chat.read_until("/reset forgets")
+    chat.read_until("/reset clears")
     chat.type("/save conversation.md\n")
     chat.read_until("6 messages in conversation.md")
     saved = (tmp_path / "conversation.md").read_text(encoding="utf-8")
@@ -216,7 +216,7 @@ def test_a_chat_goes_on_past_the_window_and_ctrl_c_stops_an_answer_only(chat: Te
     chat.type("/save missing/folder\n")
     chat.read_until("No such file")
     chat.type("/reset\n")
-    chat.read_until("forgotten")
+    chat.read_until("conversation cleared")
     chat.read_until("> ")
     chat.type("\x04")
     assert chat.process.wait(timeout=60) == 0

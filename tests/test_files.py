@@ -254,19 +254,19 @@ def test_bytes_that_follow_the_file_are_noticed(good: bytes, tmp_path: Path) -> 
 def test_a_foreign_a_newer_and_a_missing_file_are_told_apart(good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file"
     save_file({"weight": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match=f"{WRONG}, got '{path}': it is of another program"):
+    with pytest.raises(ValueError, match=f"{WRONG}, got '{path}': another program wrote it"):
         SinkCache.load(path, CONFIG)
     path.write_bytes(good)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, {**metadata, "attention_sinks.format": "2"})
-    with pytest.raises(ValueError, match=r"newer version \(format 2; this one reads 1\). Upgrade"):
+    with pytest.raises(ValueError, match=r"newer version wrote it \(format 2; this one reads 1\). Upgrade"):
         SinkCache.load(path, CONFIG)
     save_file(load_file(path), path, {**metadata, "attention_sinks.kind": "session"})
     with pytest.raises(ValueError, match="damaged"):
         SinkCache.load(path, CONFIG)
     path.write_bytes(b"\x80\x04K\x01.")  # a pickle
-    with pytest.raises(ValueError, match="truncated, damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="truncated, damaged or not a safetensors file"):
         SinkCache.load(path, CONFIG)
     for missing in (tmp_path / "missing", tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no file"):

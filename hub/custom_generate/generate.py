@@ -4,5 +4,5 @@ from attention_sinks import sink_generate
 
 
 def generate(model, window_length=256, num_sink_tokens=4, **kwargs):
-    """`sink_generate` of the package attention-sinks, which says what each argument means."""
+    """Call `attention_sinks.sink_generate`, which documents the arguments."""
     return sink_generate(model, window_length=window_length, num_sink_tokens=num_sink_tokens, **kwargs)

@@ -1,4 +1,4 @@
-"""Attention sinks for Hugging Face language models: a KV cache of constant size, for streams without end."""
+"""A KV cache of constant size with attention sinks, for endless generation with Hugging Face language models."""
 
 from .cache import SinkCache
 from .generate import sink_generate
@@ -10,11 +10,11 @@ __all__ = ["Rotation", "SinkCache", "SinkSession", "sink_generate", "sink_prefil
 
 
 def __getattr__(name: str) -> object:
-    # The model classes of attention_sinks 0.x; an ImportError where they are imported.
+    # attention_sinks 0.x had its own model classes. Importing one raises an ImportError that names the replacement.
     if name.startswith("Auto"):
         raise ImportError(
-            f"attention_sinks has had no {name} since 1.0: load the model with `from transformers import {name}` and "
-            "call `sink_generate(model, **inputs, window_length=1024, num_sink_tokens=4)`, or pass "
+            f"attention_sinks 1.0 removed {name}. Load the model with `from transformers import {name}`. Then call "
+            "`sink_generate(model, **inputs, window_length=1024, num_sink_tokens=4)`, or pass "
             "`past_key_values=SinkCache(model.config, window_length=1024, num_sink_tokens=4)` to `model.generate`."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The demo, `python -m attention_sinks`: stream text from a real model well past the window, then report."""
+"""Demo, `python -m attention_sinks`: stream text from a real model well past the window, then print a report."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ _PROMPT = "Write a long diary of a voyage around the world on a small sailing bo
 
 
 class _TimedStreamer(TextStreamer):
-    """Prints text as it comes and notes when; `times[0]` belongs to the prompt, `times[i]` to the i-th token."""
+    """Streamer that prints text and records times: `times[0]` for the prompt, `times[i]` for new token `i`."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -34,16 +34,16 @@ def _tokens_per_second(times: list[float]) -> str:
 
 def _report(cache: SinkCache, times: list[float], prompt_length: int) -> str:
     states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    held = sum(t.nbytes for t in states)
-    grown = sum(t.nbytes // t.shape[2] for t in states) * cache.get_seq_length()
-    full = max(cache.window_length - prompt_length, 0)  # the token that filled the window
+    num_bytes = sum(t.nbytes for t in states)
+    dynamic_bytes = sum(t.nbytes // t.shape[2] for t in states) * cache.get_seq_length()
+    window_full = max(cache.window_length - prompt_length, 0)  # index of the new token that fills the window
     return "\n".join(
         [
             f"tokens generated     {len(times) - 1}",
             f"tokens kept          {cache.kept_length} of {cache.get_seq_length()}",
-            f"the cache holds      {held / 2**20:.1f} MiB; a DynamicCache would hold {grown / 2**20:.1f} MiB, and grow",
-            f"tokens per second    {_tokens_per_second(times[1 : full + 1])} before the window was full, "
-            f"{_tokens_per_second(times[max(full, 1) :])} after",
+            f"cache memory         {num_bytes / 2**20:.1f} MiB (DynamicCache: {dynamic_bytes / 2**20:.1f} MiB)",
+            f"tokens per second    {_tokens_per_second(times[1 : window_full + 1])} before the window was full, "
+            f"{_tokens_per_second(times[max(window_full, 1) :])} after",
         ]
     )
 
@@ -51,16 +51,22 @@ def _report(cache: SinkCache, times: list[float], prompt_length: int) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser("python -m attention_sinks", description=__doc__)
-    parser.add_argument("--model", help="a Hub id or a folder (default: SmolLM2-135M-Instruct from its wheel)")
-    parser.add_argument("--prompt", default=_PROMPT, help="default: %(default)r")
-    parser.add_argument("--window-length", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--num-sink-tokens", type=int, default=DEFAULT_NUM_SINK_TOKENS, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--model", help="Hub id or folder of the model (default: SmolLM2-135M-Instruct from its wheel)")
+    parser.add_argument("--prompt", default=_PROMPT, help="text that the model answers (default: %(default)r)")
+    for flag, default, meaning in (
+        ("--window-length", 128, "number of tokens that the cache keeps, sink tokens included"),
+        ("--num-sink-tokens", DEFAULT_NUM_SINK_TOKENS, "number of first tokens that are never evicted"),
+        ("--max-new-tokens", 300, "number of tokens to generate"),
+        ("--seed", 0, "seed of the random number generator"),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=f"{meaning} (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device that runs the model (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: %(default)s"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="data type of the weights (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The command line `attention-sinks`: chat, generate, perplexity, info."""
+"""Command line `attention-sinks` with the commands chat, generate, perplexity and info."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import with_cache
-from .evaluate import binned, curves, perplexity_from, plot, write_csv
+from .evaluate import Scores, binned, curves, perplexity_from, plot, write_csv
 from .generate import sink_generate
 from .load import load_model, source_of
 from .prefill import default_chunk_size
@@ -34,18 +34,18 @@ from .session import SinkSession
 from .storage.layers import SinkLayer
 
 app = typer.Typer(
-    help="Attention sinks: language models that run for ever in constant memory.",
+    help="Run language models indefinitely in constant memory, with attention sinks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-_HELP = "/reset forgets the conversation, /save FILE writes it down, /exit leaves; Ctrl-C stops an answer."
+_CHAT_HELP = "/reset clears the conversation, /save FILE saves it as text, /exit quits. Ctrl-C stops an answer."
 
 
 class Dtype(StrEnum):
-    """The types of weights."""
+    """Data types of the weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -53,7 +53,7 @@ class Dtype(StrEnum):
 
 
 class Baseline(StrEnum):
-    """What a `SinkCache` is compared with."""
+    """Baselines of the perplexity of a `SinkCache`."""
 
     dense = "dense"
     window = "window"
@@ -61,14 +61,20 @@ class Baseline(StrEnum):
 
 
 ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="A Hub id or a folder; by default SmolLM2-135M from its wheel.")
+    str | None,
+    typer.Option("--model", "-m", help="Hub id or folder of the model; by default SmolLM2-135M-Instruct."),
 ]
-WindowOption = Annotated[int, typer.Option("--window-length", "-w", help="The most tokens the model sees.")]
-SinksOption = Annotated[int, typer.Option("--num-sink-tokens", "-s", help="How many first tokens are never forgotten.")]
-DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="The type of the weights.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]
-SeedOption = Annotated[int, typer.Option(help="Of the random numbers.")]
+WindowOption = Annotated[
+    int,
+    typer.Option("--window-length", "-w", help="Maximum number of tokens in the cache, sink tokens included."),
+]
+SinksOption = Annotated[
+    int, typer.Option("--num-sink-tokens", "-s", help="Number of first tokens that are never evicted.")
+]
+DeviceOption = Annotated[str, typer.Option(help="Device that runs the model, for example cpu, cuda or mps.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 selects greedy decoding.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the random number generator.")]
 
 
 @app.command()
@@ -76,14 +82,14 @@ def chat(
     model: ModelOption = None,
     window_length: WindowOption = 1024,
     num_sink_tokens: SinksOption = DEFAULT_NUM_SINK_TOKENS,
-    system: Annotated[str | None, typer.Option(help="A system prompt; it is never forgotten.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of an answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; it is never evicted.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens per answer.")] = None,
     temperature: TemperatureOption = 0.7,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Talk with a model without end. The status line counts tokens; memory does not grow."""
+    """Chat with a model without a length limit. Memory does not grow; a status line counts tokens."""
     loaded, tokenizer = _load(model, dtype, device)
     session = SinkSession(loaded, tokenizer, window_length, num_sink_tokens, system=system)
     if tokenizer.chat_template is None:
@@ -92,13 +98,11 @@ def chat(
             "`attention-sinks generate`."
         )
     set_seed(seed)
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": 0.9}
+    options = _sampling_options(temperature)
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
-    out.print(f"[dim]{_HELP}[/dim]")
-    spoken: list[tuple[str, str]] = []
+    out.print(f"[dim]{_CHAT_HELP}[/dim]")
+    transcript: list[tuple[str, str]] = []
     while True:
         try:
             message = out.input("\n[bold green]> [/bold green]").strip()
@@ -106,35 +110,42 @@ def chat(
             out.print()
             return
         except KeyboardInterrupt:
-            out.print(f"\n[dim]{_HELP}[/dim]")
+            out.print(f"\n[dim]{_CHAT_HELP}[/dim]")
             continue
         command, _, argument = message.partition(" ")
         if command == "/exit":
             return
         if command == "/reset":
             session.reset()
-            spoken.clear()
-            out.print("[dim]forgotten[/dim]")
+            transcript.clear()
+            out.print("[dim]conversation cleared[/dim]")
         elif command == "/save":
-            _save(spoken, argument.strip())
+            _save(transcript, argument.strip())
         elif command.startswith("/"):
-            out.print(f"[dim]{_HELP}[/dim]")
+            out.print(f"[dim]{_CHAT_HELP}[/dim]")
         elif message:
             try:
-                _answer(session, message, options, spoken)
-            except (TypeError, ValueError) as error:  # a message that cannot be encoded, for instance
-                _complain(error)
+                _answer(session, message, options, transcript)
+            except (TypeError, ValueError) as error:  # a message that cannot be encoded, for example
+                _print_error(error)
 
 
-def _answer(session: SinkSession, message: str, options: dict[str, Any], spoken: list[tuple[str, str]]) -> None:
-    """Stream an answer, until its end or Ctrl-C, and the status line below it."""
+def _sampling_options(temperature: float) -> dict[str, Any]:
+    """Return the options of `generate` for a temperature."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": 0.9}
+
+
+def _answer(session: SinkSession, message: str, options: dict[str, Any], transcript: list[tuple[str, str]]) -> None:
+    """Stream an answer until it ends or Ctrl-C is pressed, then print a status line."""
     pieces: list[str] = []
     answer = session.chat(message, **options)
-    began, before = time.perf_counter(), session.tokens_seen
+    start, seen_at_start = time.perf_counter(), session.tokens_seen
     try:
         for piece in answer:
             if not pieces:
-                began, before = time.perf_counter(), session.tokens_seen
+                start, seen_at_start = time.perf_counter(), session.tokens_seen
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -142,41 +153,42 @@ def _answer(session: SinkSession, message: str, options: dict[str, Any], spoken:
     finally:
         with contextlib.suppress(KeyboardInterrupt):
             answer.close()
-    seconds = max(time.perf_counter() - began, 1e-9)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in session.cache.layers if layer.is_initialized)
+    seconds = max(time.perf_counter() - start, 1e-9)
+    num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in session.cache.layers if layer.is_initialized)
     out.print(
-        f"\n[dim]{session.tokens_seen:,} tokens seen · {session.kept_length:,} kept · {held / 2**20:.1f} MiB · "
-        f"{(session.tokens_seen - before) / seconds:.1f} tokens per second[/dim]"
+        f"\n[dim]{session.tokens_seen:,} tokens seen · {session.kept_length:,} kept · {num_bytes / 2**20:.1f} MiB · "
+        f"{(session.tokens_seen - seen_at_start) / seconds:.1f} tokens per second[/dim]"
     )
-    spoken += [("user", message), ("assistant", "".join(pieces))]
+    transcript += [("user", message), ("assistant", "".join(pieces))]
 
 
-def _save(spoken: list[tuple[str, str]], path: str) -> None:
+def _save(transcript: list[tuple[str, str]], path: str) -> None:
+    """Write a conversation to a Markdown file."""
     if not path:
         out.print("[dim]/save needs the name of a file[/dim]")
         return
     try:
-        Path(path).write_text("".join(f"## {role}\n\n{text}\n\n" for role, text in spoken), encoding="utf-8")
+        Path(path).write_text("".join(f"## {role}\n\n{text}\n\n" for role, text in transcript), encoding="utf-8")
     except OSError as error:
         out.print(f"[red]{escape(str(error))}[/red]")
     else:
-        out.print(f"[dim]{len(spoken)} messages in {escape(path)}[/dim]")
+        out.print(f"[dim]{len(transcript)} messages in {escape(path)}[/dim]")
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A text file (UTF-8) to continue instead.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
+    file: Annotated[Path | None, typer.Option(help="UTF-8 text file to continue, instead of PROMPT.")] = None,
     model: ModelOption = None,
     window_length: WindowOption = 256,
     num_sink_tokens: SinksOption = DEFAULT_NUM_SINK_TOKENS,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 500,
     temperature: TemperatureOption = 0.7,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Continue a text, past the window, on the standard output."""
+    """Continue a text past the window, and print it."""
     if (prompt is None) == (file is None):
         raise ValueError("Give either PROMPT or `--file`.")
     text = prompt if file is None else _read_text(file)
@@ -184,19 +196,16 @@ def generate(
         raise ValueError("There is nothing to continue: the text is empty.")
     loaded, tokenizer = _load(model, dtype, device)
     inputs = tokenizer(text, return_tensors="pt").to(device)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": 0.9}
     set_seed(seed)
     cache = SinkCache(loaded.config, window_length, num_sink_tokens)
-    # A text longer than the window is read as `SinkSession.feed` reads one.
+    # Chunked prefill for a prompt longer than the window, as in `SinkSession.feed`.
     is_long = inputs["input_ids"].shape[1] > window_length
     print(text, end="")
     with contextlib.suppress(KeyboardInterrupt):
         sink_generate(
             loaded,
             **inputs,
-            **sampling,
+            **_sampling_options(temperature),
             cache=cache,
             prefill_chunk_size=default_chunk_size(loaded, cache) if is_long else None,
             max_new_tokens=max_new_tokens,
@@ -206,30 +215,37 @@ def generate(
 
 @app.command()
 def perplexity(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files (UTF-8), joined in this order.")],
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files, joined in this order.")],
     model: ModelOption = None,
     window_length: WindowOption = 256,
-    num_sink_tokens: Annotated[str, typer.Option("--num-sink-tokens", "-s", help="Numbers, with commas.")] = "0,4",
-    baselines: Annotated[str, typer.Option(help=f"Of {', '.join(Baseline)}, with commas.")] = "",
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Score no more than so many.")] = None,
-    recompute_every: Annotated[int, typer.Option(min=1, help="Recomputation scores one token of so many.")] = 16,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The CSV and PNG, without ending.")] = Path(
-        "perplexity"
-    ),
+    num_sink_tokens: Annotated[
+        str,
+        typer.Option("--num-sink-tokens", "-s", help="Numbers of sink tokens to compare, separated by commas."),
+    ] = "0,4",
+    baselines: Annotated[
+        str, typer.Option(help=f"Baselines to compare, separated by commas: {', '.join(Baseline)}.")
+    ] = "",
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Maximum number of tokens to read.")] = None,
+    recompute_every: Annotated[
+        int, typer.Option(min=1, help="Distance between the tokens that the recompute baseline scores.")
+    ] = 16,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Path of the CSV and PNG files, without the extension.")
+    ] = Path("perplexity"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Perplexity along a text through a window with sinks, and through what the paper compares it with."""
+    """Measure perplexity along a text, with sink tokens and with the baselines of the paper."""
     numbers = _numbers(num_sink_tokens, window_length)
     chosen = [name.strip() for name in baselines.split(",") if name.strip()]
     for name in chosen:
         if name not in list(Baseline):
-            raise ValueError(f"`--baselines` must be of {', '.join(Baseline)}, got {name!r}.")
+            raise ValueError(f"`--baselines` must be names from {', '.join(Baseline)}, got {name!r}.")
     if not numbers and not chosen:
         raise ValueError("There is nothing to measure: give `--num-sink-tokens` or `--baselines`.")
     text = "\n".join(map(_read_text, texts))
-    if not output.absolute().parent.is_dir():  # said now, not after an hour
-        raise ValueError(f"`--output` must lie in a folder that exists, got {output}.")
+    if not output.absolute().parent.is_dir():  # check this before the measurement, which may take an hour
+        raise ValueError(f"`--output` must be in an existing folder, got {output}.")
     loaded, tokenizer = _load(model, dtype, device)
     input_ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens].to(device)
     length = input_ids.shape[1]
@@ -237,89 +253,96 @@ def perplexity(
         raise ValueError(
             f"The text must be longer than the window, got {length} tokens and --window-length {window_length}."
         )
-    bin_length = max(length // 40, 1)
-    found, rows = curves(loaded, input_ids, window_length, numbers, chosen, recompute_every), {}
+    rows = _score(curves(loaded, input_ids, window_length, numbers, chosen, recompute_every), length)
+    csv, png = (output.with_name(output.name + extension) for extension in (".csv", ".png"))
+    write_csv(rows, csv)
+    context_length = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
+    plot(rows, png, f"{name}, window of {window_length:,} tokens", context_length)
+    table = Table("cache", "perplexity past the window", "perplexity in the last quarter")
+    for name, bins in rows.items():
+        table.add_row(name, *(f"{perplexity_from(bins, first):,.2f}" for first in (window_length, length * 3 // 4)))
+    out.print(table)
+    out.print(f"Curves written to {csv} and {png}.", soft_wrap=True)
+
+
+def _score(scores: dict[str, Iterator[Scores]], length: int) -> dict[str, list[dict[str, Any]]]:
+    """Score a text of `length` tokens with every cache, with progress bars. Return the perplexity of 40 bins."""
+    rows = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err) as progress:
-        tasks = {name: progress.add_task(name, total=length) for name in found}
-        for name, scores in found.items():
-            seen = []
-            for piece in scores:
-                seen.append(piece)
-                progress.update(tasks[name], completed=int(piece.positions[-1]) + 1)
+        tasks = {name: progress.add_task(name, total=length) for name in scores}
+        for name, chunks in scores.items():
+            scored = []
+            for chunk in chunks:
+                scored.append(chunk)
+                progress.update(tasks[name], completed=int(chunk.positions[-1]) + 1)
             progress.update(tasks[name], completed=length)
-            rows[name] = binned(seen, bin_length)
-    csv, png = (output.with_name(output.name + ending) for ending in (".csv", ".png"))
-    write_csv(rows, csv)
-    trained = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
-    plot(rows, png, f"{name}, window of {window_length:,} tokens", trained)
-    table = Table("cache", "perplexity past the window", "in the last quarter")
-    for name, bins in rows.items():
-        late = (f"{perplexity_from(bins, first):,.2f}" for first in (window_length, length * 3 // 4))
-        table.add_row(name, *late)
-    out.print(table)
-    out.print(f"{csv} and {png} have the curves.", soft_wrap=True)
+            rows[name] = binned(scored, max(length // 40, 1))
+    return rows
 
 
 @app.command()
 def info(
-    model: Annotated[str | None, typer.Argument(help="A Hub id or a folder; by default SmolLM2-135M.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id or folder of the model; by default SmolLM2-135M-Instruct.")
+    ] = None,
     window_length: WindowOption = 1024,
     num_sink_tokens: SinksOption = DEFAULT_NUM_SINK_TOKENS,
     dtype: DtypeOption = Dtype.bfloat16,
 ) -> None:
-    """Whether a model is supported, how its keys turn, and what a window costs. Needs its config alone."""
+    """Show if a model is supported, its position encoding, and the memory of a window. Reads only the config."""
     name, options = source_of(model)
     config = AutoConfig.from_pretrained(name, **options)
     cache = SinkCache(config, window_length, num_sink_tokens)
-    ring_bytes, other_bytes = _bytes_of(config, cache, getattr(torch, dtype))
+    sink_bytes, other_bytes = _cache_bytes(config, cache, getattr(torch, dtype))
     table = Table(show_header=False, box=None)
     table.add_row("model type", config.model_type)
     table.add_row("verdict", "supported: exact")
-    for rotation, layers in _rotations(cache).items():
-        table.add_row(f"layers {_ranges(layers)}", rotation)
-    others = Counter(_kind(layer) for layer in cache.layers if not isinstance(layer, SinkLayer))
-    for kind, count in others.items():
-        table.add_row(f"{count} other layers", kind)
-    ends = f"at {cache.position_limit:,}"
+    for encoding, layers in _position_encodings(cache).items():
+        table.add_row(f"layers {_ranges(layers)}", encoding)
+    others = Counter(_layer_memory(layer) for layer in cache.layers if not isinstance(layer, SinkLayer))
+    for layer_memory, count in others.items():
+        table.add_row(f"{count} other layers", layer_memory)
+    limit = f"{cache.position_limit:,}"
     if cache.can_rebase:
-        ends += "; sink_generate and SinkSession wind them back before"
-    table.add_row("positions end", ends)
-    table.add_row(
-        "chunks", "of any size, each token with its own window" if cache.supports_windowed_chunks else "of one token"
+        limit += " (sink_generate and SinkSession rebase positions automatically)"
+    table.add_row("max position", limit)
+    chunk_size = (
+        "any chunk size, each token with exactly its own window"
+        if cache.supports_windowed_chunks
+        else "one token at a time"
     )
-    table.add_row("memory", f"{ring_bytes / window_length * 1000 / 2**20:.2f} MiB for 1,000 tokens of window, {dtype}")
-    table.add_row("", f"{ring_bytes / 2**20:.2f} MiB for this window of {window_length:,}")
+    table.add_row("chunked prefill", chunk_size)
+    table.add_row("memory", f"{sink_bytes / window_length * 1000 / 2**20:.2f} MiB for 1,000 tokens of window, {dtype}")
+    table.add_row("", f"{sink_bytes / 2**20:.2f} MiB for this window of {window_length:,}")
     if other_bytes > 0:
         table.add_row("", f"{other_bytes / 2**20:.2f} MiB for the other layers after the first token")
     out.print(table)
 
 
-def _rotations(cache: SinkCache) -> dict[str, list[int]]:
-    """How keys turn, in words, and in which layers."""
-    found: dict[str, list[int]] = {}
+def _position_encodings(cache: SinkCache) -> dict[str, list[int]]:
+    """Return a description of each position encoding, and the indices of its layers."""
+    encodings: dict[str, list[int]] = {}
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, SinkLayer):
             continue
         rotation = layer.rotation
         if rotation is None:
-            words = (
-                "distances by the order of tokens (ALiBi)" if cache.needs_temporal_order else "no position in the keys"
-            )
+            encoding = "bias by distance (ALiBi)" if cache.needs_temporal_order else "none in the keys"
         else:
-            lengths = 2 * torch.pi / rotation.inv_freq[rotation.inv_freq > 0].double()
-            words = (
-                f"{rotation.rotary_dim} dimensions from {rotation.start} on turn, "
-                f"{'neighbours in pairs' if rotation.interleaved else 'halves in pairs'}, once in "
-                f"{float(lengths.min()):,.1f} to {float(lengths.max()):,.0f} tokens"
+            wavelengths = 2 * torch.pi / rotation.inv_freq[rotation.inv_freq > 0].double()
+            encoding = (
+                f"RoPE: {rotation.rotary_dim} rotary dimensions from dimension {rotation.start}, "
+                f"{'interleaved' if rotation.interleaved else 'rotate-half'} layout, "
+                f"wavelengths {float(wavelengths.min()):,.1f} to {float(wavelengths.max()):,.0f} tokens"
             )
-        found.setdefault(words, []).append(i)
-    return found
+        encodings.setdefault(encoding, []).append(i)
+    return encodings
 
 
 def _ranges(numbers: list[int]) -> str:
-    """`0-3, 5` for 0, 1, 2, 3, 5."""
+    """Return increasing numbers as ranges, for example `0-3, 5` for 0, 1, 2, 3, 5."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -329,28 +352,37 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def _kind(layer: Any) -> str:
-    sliding = getattr(layer, "sliding_window", None)
-    return f"keep the last {sliding:,} tokens, without sinks" if sliding else "keep a state of constant size, or none"
+def _layer_memory(layer: Any) -> str:
+    """Return a description of what a layer without sinks stores."""
+    window = getattr(layer, "sliding_window", None)
+    return f"sliding window of {window:,} tokens, without sinks" if window else "state of constant size, or no state"
 
 
-def _bytes_of(config: Any, cache: SinkCache, dtype: torch.dtype) -> tuple[int, int]:
-    """What the rings of a cache hold, and the other layers after one token: found by a forward pass without numbers."""
+def _cache_bytes(config: Any, cache: SinkCache, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of the layers with sinks, and of the other layers after one token.
+
+    Run a forward pass on the meta device, which allocates nothing.
+    """
     with torch.device("meta"), torch.no_grad():
-        # The type in which transformers has every kernel.
-        skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        skeleton(torch.zeros(1, 1, dtype=torch.long), use_cache=True, **with_cache(skeleton.forward, cache))
-    sizes = [0, 0]
+        # bfloat16, because transformers implements every kernel for it. The sizes are computed for `dtype`.
+        meta_model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        meta_model(torch.zeros(1, 1, dtype=torch.long), use_cache=True, **with_cache(meta_model.forward, cache))
+    sink_bytes = other_bytes = 0
     for layer in cache.layers:
-        for each in (layer, getattr(layer, "indexer", None)):
-            if each is not None and getattr(each, "keys", None) is not None:
-                elements = each.keys.numel() + each.values.numel()
-                sizes[0 if isinstance(layer, SinkLayer) else 1] += elements * dtype.itemsize
-    return sizes[0], sizes[1]
+        for part in (layer, getattr(layer, "indexer", None)):
+            if part is None or getattr(part, "keys", None) is None:
+                continue
+            num_bytes = (part.keys.numel() + part.values.numel()) * dtype.itemsize
+            if isinstance(layer, SinkLayer):
+                sink_bytes += num_bytes
+            else:
+                other_bytes += num_bytes
+    return sink_bytes, other_bytes
 
 
 def _load(model: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    # Some libraries draw progress bars that cannot be switched off.
+    """Return the model and its tokenizer. Show a spinner while they load."""
+    # Hide stderr: some libraries write progress bars to it and have no option to turn them off.
     with out.status("Loading the model"), contextlib.redirect_stderr(io.StringIO()):
         return load_model(model, getattr(torch, dtype), device)
 
@@ -359,15 +391,20 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}). Convert it: iconv -t UTF-8.") from None
+        raise ValueError(
+            f"{path} is not UTF-8 (byte {error.start}). Convert it from its encoding, for example: "
+            "iconv -f LATIN1 -t UTF-8."
+        ) from None
 
 
 def _numbers(listed: str, window_length: int) -> list[int]:
+    """Return the numbers of sink tokens in a list that is separated by commas."""
     numbers = []
     for part in filter(None, map(str.strip, listed.split(","))):
         if not part.isdecimal() or int(part) >= window_length:
             raise ValueError(
-                f"`--num-sink-tokens` must be numbers from 0 to below the window of {window_length}, got {part!r}."
+                f"`--num-sink-tokens` must be numbers from 0 to {window_length - 1} (below `--window-length`), "
+                f"got {part!r}."
             )
         numbers.append(int(part))
     return numbers
@@ -375,15 +412,15 @@ def _numbers(listed: str, window_length: int) -> list[int]:
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What a user can set right is said in one line."""
+    """Print an error as one line and exit with code 2."""
     try:
         yield
     except (OSError, TypeError, ValueError, NotImplementedError, ImportError, RuntimeError) as error:
-        _complain(error)
+        _print_error(error)
         raise SystemExit(2) from None
 
 
-def _complain(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     message = " ".join(str(error).split())
     err.print(f"attention-sinks: {message}", markup=False, emoji=False, soft_wrap=True)
 

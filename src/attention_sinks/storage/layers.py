@@ -148,7 +148,7 @@ class SinkLayer(CacheLayerMixin):
         """Return those of the two that carry the position."""
         return value_states if self.rotation is not None and self.rotation.in_values else key_states
 
-    def update(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def update(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Store the states of new tokens and return all that their queries attend to, see `SinkCache.update`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
