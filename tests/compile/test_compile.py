@@ -1,6 +1,5 @@
 """A compiled model: compiled once however long the stream, with the logits of the eager one; and what a step costs."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,8 +9,7 @@ from transformers import CompileConfig
 
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
-from ..support.counting import Operations, storages
-from ..support.inside import buffers, force_static, position_offset_of, rebase_every, set_position_limit
+from ..support.inside import force_static, position_offset_of, rebase_every, set_position_limit
 from ..support.models import CACHE, VOCAB_SIZE, build_config, build_model, random_ids, relative_error
 from ..support.streams import S, W
 from ..support.versions import HAS_LATER_MODELS
@@ -96,7 +94,7 @@ def test_a_thousand_steps_past_the_window_are_compiled_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
-def test_inductor_compiles_a_step_too() -> None:
+def test_a_step_compiled_by_inductor_is_exact() -> None:
     model = build("llama")
     step = compiled(model, "inductor")
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
@@ -108,7 +106,7 @@ def test_inductor_compiles_a_step_too() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_generate_compiles_by_itself_where_it_does_so_for_a_static_cache(name: str) -> None:
+def test_generate_compiles_a_sink_cache_where_it_compiles_a_static_cache(name: str) -> None:
     model = build(name)
     for ids in (random_ids(6), random_ids(40)):
         expected: Any = sink_generate(model, ids, window_length=W, max_new_tokens=40, disable_compile=True)
@@ -124,7 +122,7 @@ def test_generate_compiles_by_itself_where_it_does_so_for_a_static_cache(name: s
 @pytest.mark.skipif(not HAS_LATER_MODELS, reason="early transformers 5 has other layers")
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_convolutions_and_linear_attention_in_other_layers_are_compiled_too(name: str) -> None:
+def test_models_with_convolutions_and_linear_attention_are_compiled(name: str) -> None:
     model, ids, compiler = build_model(build_config(name)), random_ids(20), Compiler()
     settings: dict[str, Any] = {"window_length": W, "max_new_tokens": 30}
     expected: Any = sink_generate(model, ids, disable_compile=True, **settings)
@@ -134,7 +132,7 @@ def test_convolutions_and_linear_attention_in_other_layers_are_compiled_too(name
 
 
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_assisted_decoding_is_not_disturbed() -> None:
+def test_assisted_decoding_is_exact_where_generate_compiles() -> None:
     model, ids = build("llama"), random_ids(8).repeat(1, 3)
     settings: dict[str, Any] = {"window_length": 64, "max_new_tokens": 30, "do_sample": False}
     settings["eos_token_id"] = VOCAB_SIZE - 1  # early transformers 5 looks for it among the candidates
@@ -158,7 +156,7 @@ def test_padded_rows_and_beams_are_compiled_exactly() -> None:
 
 
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_the_end_of_positions_is_seen_in_compiled_generate() -> None:
+def test_compiled_generate_notices_the_position_limit() -> None:
     model = build("llama")
     ids = random_ids(6)
     expected: Any = sink_generate(model, ids, window_length=W, max_new_tokens=60, disable_compile=True)
@@ -178,7 +176,7 @@ def test_the_end_of_positions_is_seen_in_compiled_generate() -> None:
 
 
 @pytest.mark.parametrize("prompt_length", [3, 40])
-def test_layers_that_are_compiled_one_by_one_are_exact(prompt_length: int) -> None:
+def test_layers_compiled_one_by_one_are_exact(prompt_length: int) -> None:
     """Their masks are made outside of what is compiled, and hide no empty slots."""
     model, eager = build("llama"), build("llama")
     for layer in model.model.layers:
@@ -191,7 +189,7 @@ def test_layers_that_are_compiled_one_by_one_are_exact(prompt_length: int) -> No
 
 
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_positions_that_are_wound_back_are_no_reason_to_compile_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rebase_does_not_cause_a_recompilation(monkeypatch: pytest.MonkeyPatch) -> None:
     rebase_every(monkeypatch, 40)
     model, ids, compiler = build("llama"), random_ids(6), Compiler()
     expected: Any = sink_generate(model, ids, window_length=W, max_new_tokens=200, disable_compile=True)
@@ -204,7 +202,7 @@ def test_positions_that_are_wound_back_are_no_reason_to_compile_anew(monkeypatch
     assert compiler.compiled == 1
 
 
-def test_a_crop_after_compiled_steps_is_exact_and_a_compiled_step_after_a_crop() -> None:
+def test_a_crop_and_compiled_steps_may_alternate() -> None:
     model = build("llama")
     step = compiled(model, Compiler())
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
@@ -226,88 +224,21 @@ def test_a_crop_after_compiled_steps_is_exact_and_a_compiled_step_after_a_crop()
 
 @pytest.mark.parametrize("name", ["gptj", "mpt"])
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_what_must_be_counted_at_every_step_is_not_compiled(name: str) -> None:
+def test_a_model_that_needs_python_at_every_step_is_not_compiled(name: str) -> None:
     """GPT-J has a table of positions, and MPT counts distances by the order of the tokens."""
     model = build_model(build_config(name))
     assert not SinkCache(model.config, W, S).is_compileable
 
 
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_attention_that_is_given_no_mask_gets_no_empty_slots() -> None:
+def test_flash_attention_is_not_compiled_because_it_takes_no_mask() -> None:
     config = build_config("llama")
     for implementation in (None, "sdpa", "flash_attention_2"):
         config._attn_implementation = implementation
         assert SinkCache(config, W, S).is_compileable == (implementation != "flash_attention_2")
 
 
-def operations_of_a_step(num_layers: int, window_length: int, dtype: torch.dtype = torch.float32) -> Operations:
-    cache = SinkCache(build_config("llama", num_hidden_layers=num_layers), window_length, S)
-    operations = Operations()
-    for length in (window_length, 1, 1):
-        states = torch.randn(1, 2, length, 16).to(dtype)
-        operations = Operations()
-        with operations:
-            for layer_idx in range(num_layers):
-                cache.update(states, states, layer_idx)
-    return operations  # of the last, for which nothing is made ready any more
-
-
-def test_a_step_writes_the_token_and_the_sinks_and_does_nothing_else_for_each_layer() -> None:
-    """Launches are the cost on a GPU: three for each layer, and a few for all of them together."""
-    few, many = operations_of_a_step(2, 64), operations_of_a_step(10, 64)
-    assert many.names - few.names == Counter({"index_copy_": 3 * 8})
-    assert few.names.total() - 3 * 2 <= 12
-    assert operations_of_a_step(2, 4096).names == few.names
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_allocates_no_more_than_the_sinks(dtype: torch.dtype) -> None:
-    window_length, num_layers = 4096, 3
-    sinks = num_layers * 2 * S * 16 * 4
-    assert 0 < operations_of_a_step(num_layers, window_length, dtype).largest <= sinks
-
-
-@pytest.mark.parametrize("prompt_length", [3, 40])
-def test_no_step_waits_for_the_device(prompt_length: int) -> None:
-    """Nothing is read from a tensor: not by the cache, and not by the model on its behalf."""
-    model = build("llama")
-    cache = SinkCache(model.config, W, S)
-    model(random_ids(prompt_length), **{CACHE: cache})
-    operations = Operations()
-    with operations:
-        for t in range(2 * W):
-            model(random_ids(1, seed=t), **{CACHE: cache})
-    assert operations.names["index_copy_"] > 0
-    assert not operations.names.keys() & {"_local_scalar_dense", "item", "nonzero", "is_nonzero"}
-
-
-def test_a_chunk_costs_the_same_however_long_the_stream() -> None:
-    model = build("llama")
-    cache = SinkCache(model.config, W, S)
-    costs = []
-    for length in (100, 2991):  # to the same place in the ring
-        list(sink_prefill(model, random_ids(length), cache, chunk_size=100))
-        operations = Operations()
-        with operations:
-            list(sink_prefill(model, random_ids(9), cache, chunk_size=9))
-        costs.append((operations.names, operations.largest))
-    assert costs[0] == costs[1]
-
-
-def test_the_memory_of_a_cache_is_that_of_its_window() -> None:
-    """In bfloat16 the pristine sinks weigh most."""
-    config = build_config("llama", num_hidden_layers=3)
-    for dtype in (torch.float32, torch.bfloat16):
-        cache = SinkCache(config, 256, S)
-        for length in (300, 1, 1, 7, 1):
-            states = torch.randn(1, 2, length, 16).to(dtype)
-            for layer_idx in range(3):
-                cache.update(states, states, layer_idx)
-        held = storages([buffers(layer) for layer in cache.layers])
-        assert sum(held.values()) <= 2 * 3 * 2 * 256 * 16 * dtype.itemsize * 1.02
-
-
-def test_chunks_can_be_compiled_if_less_well() -> None:
+def test_compiled_chunks_are_exact() -> None:
     model = build("llama")
     forward: Any = torch.compile(model, backend=Compiler())
     cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
@@ -319,7 +250,7 @@ def test_chunks_can_be_compiled_if_less_well() -> None:
 
 @pytest.mark.parametrize("prompt_length", [1, 3, 6, 15, 40])
 @pytest.mark.usefixtures("_as_on_cuda")
-def test_an_eager_loop_where_generate_would_compile_is_exact_and_soon_as_elsewhere(
+def test_an_eager_loop_is_exact_where_generate_would_compile(
     prompt_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = build("llama"), random_ids(60)
@@ -335,7 +266,7 @@ def test_an_eager_loop_where_generate_would_compile_is_exact_and_soon_as_elsewhe
             assert relative_error(one, model(part, **{CACHE: cache}).logits) < 1e-5
 
 
-def test_chunks_after_compiled_steps_see_their_windows() -> None:
+def test_windowed_chunks_after_compiled_steps_are_exact() -> None:
     model = build("llama")
     step = compiled(model, Compiler())
     ids = random_ids(70)

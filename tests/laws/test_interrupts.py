@@ -21,7 +21,7 @@ from transformers import cache_utils
 from attention_sinks import SinkCache
 
 from ..support import inside
-from ..support.models import LATER, random_ids, relative_error, tiny_model
+from ..support.models import CACHE, LATER, build_config, build_model, random_ids, relative_error, tiny_model
 from ..support.streams import S, W, read
 
 FILES = (*inside.library_files(), cache_utils.__file__)
@@ -135,7 +135,7 @@ FORWARD = [
 
 
 @pytest.mark.parametrize(("name", "stream", "change"), FORWARD)
-def test_a_forward_pass_may_be_interrupted_at_any_line(name: str, stream: str, change: str) -> None:
+def test_a_forward_pass_interrupted_at_any_line_is_exact_or_noticed(name: str, stream: str, change: str) -> None:
     model = tiny_model(name)
     cache = started(model, STREAMS[stream])
     if "window for each" in change and not cache.can_window:
@@ -147,14 +147,14 @@ def test_a_forward_pass_may_be_interrupted_at_any_line(name: str, stream: str, c
 
 @pytest.mark.parametrize("change", ["a token", "a chunk"])
 @pytest.mark.parametrize("lengths", [[10], [10, *[1] * 12]], ids=["with pads", "past them"])
-def test_a_forward_pass_of_padded_rows_may_be_interrupted_at_any_line(change: str, lengths: list[int]) -> None:
+def test_a_padded_forward_pass_interrupted_at_any_line_is_exact_or_noticed(change: str, lengths: list[int]) -> None:
     model = tiny_model("llama", 2)
     check_everywhere(model, started(model, lengths, rows=2, pads=4), CHANGES[change])
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", *sorted(LATER.keys() - {"qwen3_next", "lfm2"})])
 @pytest.mark.parametrize("change", ["reorder", "select", "crop", "rebase", "compact"])
-def test_a_change_may_be_interrupted_at_any_line(name: str, change: str) -> None:
+def test_a_change_interrupted_at_any_line_is_exact_or_noticed(name: str, change: str) -> None:
     if (name, change) == ("falcon_h1", "crop"):
         pytest.skip("its linear attention cannot be cropped")
     model = tiny_model(name)
@@ -169,7 +169,7 @@ PLACES = ["before", "in its mixer", "after"]
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("CUDA error")])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["llama", "sliding beside full", *HYBRIDS])
-def test_an_error_of_the_model_in_any_layer_is_noticed(name: str, place: str, error: Any) -> None:
+def test_an_error_of_the_model_in_any_layer_is_harmless_or_noticed(name: str, place: str, error: Any) -> None:
     """Raised by hooks, not in our lines: an error of a kernel, or Ctrl-C while one runs."""
     model = tiny_model(name)
     base = started(model, [20, 1])
@@ -205,7 +205,7 @@ def test_an_error_of_the_model_in_any_layer_is_noticed(name: str, place: str, er
     assert refused >= len(model.model.layers) - 1
 
 
-def test_layers_that_disagree_are_noticed_however_it_came() -> None:
+def test_layers_that_disagree_are_noticed() -> None:
     cache = started(tiny_model("llama", 2), [20])
     inside.make_layers_disagree(cache)
     with pytest.raises(RuntimeError, match="interrupted between two layers: they have seen 19 and 20 tokens"):
@@ -231,3 +231,25 @@ def test_a_refused_change_of_the_batch_changes_nothing() -> None:
             refused()
     for mine, others in zip(continued(model, cache), continued(model, untouched), strict=True):
         assert torch.equal(mine, others)
+
+
+@pytest.mark.parametrize("failing_layer", [1, 3])
+def test_the_next_forward_pass_notices_an_interrupted_one(failing_layer: int) -> None:
+    model = build_model(build_config("llama", num_hidden_layers=4))
+    cache, ids = SinkCache(model.config, 8, 2), random_ids(31)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(ids[:, :30], **{CACHE: cache})
+        hook = model.model.layers[failing_layer].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 30:], **{CACHE: cache})
+        hook.remove()
+        where = rf"interrupted between layer {failing_layer - 1} and layer 3.*`reset\(\)`"
+        with pytest.raises(RuntimeError, match=where):
+            model(ids[:, 30:], **{CACHE: cache})
+        cache.reset()
+        model(ids, **{CACHE: cache})
+    assert cache.kept_length == 8

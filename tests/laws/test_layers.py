@@ -1,4 +1,4 @@
-"""Layers that keep more than keys and values: linear attention beside attention, and indexers."""
+"""Layers that hold more than keys and values: states of linear attention beside attention, or keys of an indexer."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def feed(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return torch.cat(read_chunks(model, cache, ids, [5, 1, 1, 4, 1, *[1] * (ids.shape[1] - 12)]), dim=1)
 
 
-def test_below_the_window_all_is_as_with_a_dynamic_cache(model: Any) -> None:
+def test_below_the_window_logits_equal_those_of_a_dynamic_cache(model: Any) -> None:
     ids = random_ids(12, batch_size=2)
     expected = feed(model, DynamicCache(config=model.config), ids)
     assert relative_error(feed(model, new_cache(model), ids), expected) < 1e-5
@@ -49,7 +49,7 @@ def test_below_the_window_all_is_as_with_a_dynamic_cache(model: Any) -> None:
     ],
     ids=["select", "reorder", "repeat"],
 )
-def test_rows_of_a_batch_move_with_all_their_states(model: Any, operation: Any, rows: list[int]) -> None:
+def test_all_states_follow_a_change_of_the_batch(model: Any, operation: Any, rows: list[int]) -> None:
     ids, more = random_ids(30, batch_size=3), random_ids(15, batch_size=3, seed=1)
     cache, other = new_cache(model), new_cache(model)
     feed(model, cache, ids)
@@ -67,7 +67,7 @@ def test_a_reset_leaves_no_trace(model: Any, batch_size: int) -> None:
     assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
 
 
-def test_positions_are_wound_back_in_every_ring(model: Any) -> None:
+def test_rebase_winds_positions_back_in_every_ring(model: Any) -> None:
     cache, other = new_cache(model), new_cache(model)
     ids = random_ids(30)
     feed(model, cache, ids)
@@ -79,7 +79,7 @@ def test_positions_are_wound_back_in_every_ring(model: Any) -> None:
         assert relative_error(read(model, cache, token), read(model, other, token)) < 1e-4
 
 
-def test_a_stream_that_is_counted_anew_goes_on_as_before(model: Any) -> None:
+def test_compact_does_not_change_logits(model: Any) -> None:
     cache, other = new_cache(model), new_cache(model)
     ids, start = random_ids(120), 0
     for length in [7, 1, 1, 9, 1, 1, 1, 20, 3, *[1] * 40]:
@@ -92,14 +92,14 @@ def test_a_stream_that_is_counted_anew_goes_on_as_before(model: Any) -> None:
     assert other.get_seq_length() == start
 
 
-def test_autograd_changes_nothing(model: Any) -> None:
+def test_autograd_does_not_change_logits(model: Any) -> None:
     ids = random_ids(30)
     expected = feed(model, new_cache(model), ids)
     with torch.enable_grad():
         assert relative_error(feed(model, new_cache(model), ids).detach(), expected) < 1e-5
 
 
-def test_autograd_changes_nothing_in_a_padded_batch(model: Any) -> None:
+def test_autograd_does_not_change_logits_of_a_padded_batch(model: Any) -> None:
     mask = torch.ones(2, 44, dtype=torch.long)
     mask[0, :5] = 0
     ids, outputs = random_ids(44, batch_size=2), []
@@ -150,7 +150,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_rotation_of_an_indexer_cannot_be_stated_by_hand(model: Any) -> None:
+def test_a_rotation_as_argument_is_refused_for_a_model_with_an_indexer(model: Any) -> None:
     if model.config.model_type != "deepseek_v32":
         pytest.skip("has no indexer")
     with pytest.raises(NotImplementedError, match="rotation"):

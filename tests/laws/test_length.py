@@ -50,7 +50,7 @@ HOW: dict[str, dict[str, Any]] = {"": {}, "chunks": {"prefill_chunk_size": 5}, "
 @pytest.mark.parametrize("wound_back", [False, True], ids=["never wound back", "wound back before"])
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize(("name", "how"), [*(("llama", how) for how in HOW), *((name, "") for name in NAMES[1:])])
-def test_generation_after_any_number_of_tokens_is_that_after_a_few(
+def test_generation_after_any_number_of_tokens_equals_generation_after_a_few(
     name: str, how: str, offset: int, wound_back: bool
 ) -> None:
     model = tiny_model(name, num_hidden_layers=4 if name == "smollm3" else 2)
@@ -89,7 +89,7 @@ def test_padded_rows_go_on_after_any_number_of_tokens(offset: int) -> None:
     assert relative_error(torch.stack(outputs[1].logits), torch.stack(outputs[0].logits)) < 1e-3
 
 
-def test_keys_that_a_model_rounded_are_forgotten_with_their_window() -> None:
+def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
     """A loop that came to 2^24 goes on in `sink_generate`: what its positions spoiled is gone a window later."""
     model = tiny_model("llama", num_hidden_layers=1)
     offset, text = 2**24 - 100, random_ids(40)
@@ -106,7 +106,7 @@ def test_keys_that_a_model_rounded_are_forgotten_with_their_window() -> None:
         assert error < (1e-3 if step >= RING else 0.2)
 
 
-def test_the_error_of_a_generated_stream_does_not_grow_with_it() -> None:
+def test_the_error_of_a_generated_stream_does_not_grow() -> None:
     """Positions are wound back where float32 angles begin to be off, and not only where they end."""
     model = tiny_model("llama", num_hidden_layers=1)
     cache, ids = stream(model)
@@ -128,7 +128,7 @@ def generated(model: Any, cache: SinkCache, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize("run", [generated, feed])
-def test_plain_generation_warns_and_ends_before_positions_do(run: Any) -> None:
+def test_plain_generation_warns_and_stops_before_positions_end(run: Any) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     cache, _ = stream(model)
     age(cache, 2**24 - 100, rebased=False)
@@ -141,7 +141,7 @@ def test_plain_generation_warns_and_ends_before_positions_do(run: Any) -> None:
     assert cache.get_seq_length() == 2**24
 
 
-def test_a_loop_of_ones_own_goes_on_for_ever_by_counting_anew() -> None:
+def test_compact_lets_a_custom_decoding_loop_run_without_end() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     cache, other = stream(model)[0], stream(model)[0]
     age(cache, 2**24 - 100, rebased=False)

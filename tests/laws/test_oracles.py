@@ -31,7 +31,7 @@ def kept(seen: int, window_length: int, num_sink_tokens: int) -> list[int]:
 @pytest.mark.parametrize(("window_length", "num_sink_tokens"), EDGES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_one_layer_decodes_as_on_the_kept_tokens_alone(
+def test_one_layer_decodes_as_if_only_the_kept_tokens_existed(
     architecture: str, window_length: int, num_sink_tokens: int
 ) -> None:
     """In one layer keys and values depend on their token alone, so the evicted ones must leave no trace."""
@@ -47,7 +47,7 @@ def test_one_layer_decodes_as_on_the_kept_tokens_alone(
 @pytest.mark.parametrize(("window_length", "num_sink_tokens"), EDGES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_one_layer_reads_chunks_as_after_the_window_of_their_first_token(
+def test_one_layer_reads_a_chunk_after_the_window_of_its_first_token(
     architecture: str, window_length: int, num_sink_tokens: int
 ) -> None:
     model = tiny_model(architecture, num_hidden_layers=1)
@@ -64,7 +64,7 @@ def test_one_layer_reads_chunks_as_after_the_window_of_their_first_token(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_a_first_prompt_longer_than_the_window_gets_full_attention_and_leaves_a_full_window(architecture: str) -> None:
+def test_a_first_prompt_longer_than_the_window_gets_full_attention(architecture: str) -> None:
     model = tiny_model(architecture, num_hidden_layers=1)
     ids = random_ids(51)
     cache = SinkCache(model.config, window_length=16, num_sink_tokens=4)
@@ -92,7 +92,7 @@ def test_many_layers_follow_the_papers_rule(window_length: int, num_sink_tokens:
 
 @pytest.mark.parametrize("back", [1, 5, 12])
 @torch.no_grad()
-def test_after_a_crop_the_next_tokens_attend_to_what_is_still_held(back: int) -> None:
+def test_after_a_crop_the_next_tokens_attend_to_the_tokens_still_held(back: int) -> None:
     model = tiny_model("llama", num_hidden_layers=1)
     ids = random_ids(60)
     cache = SinkCache(model.config, window_length=16, num_sink_tokens=4)

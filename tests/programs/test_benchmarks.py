@@ -23,13 +23,13 @@ def test_every_section_runs_and_writes_its_table(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "benchmarks").glob("*.svg")} == {"update.svg", "stream.svg"}
 
 
-def test_the_page_is_what_its_figures_say(tmp_path: Path) -> None:
+def test_the_page_shows_the_measured_figures(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "benchmarks")
     page.write(tmp_path)
     assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_the_bytes_of_a_cache_are_those_of_its_window_and_at_most_two_per_cent_more() -> None:
+def test_a_cache_holds_at_most_two_per_cent_more_bytes_than_its_window() -> None:
     rows = page.load(ROOT / "docs" / "benchmarks", "memory")["rows"]
     assert rows
     assert all(0 <= row["over"] <= 0.02 for row in rows)

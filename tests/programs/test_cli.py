@@ -48,14 +48,14 @@ def run(*arguments: object, directory: Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize("command", ["chat", "generate", "perplexity", "info"])
-def test_help_shows_how_it_is_called(command: str, tmp_path: Path) -> None:
+def test_help_shows_the_usage_of_every_command(command: str, tmp_path: Path) -> None:
     result = run(command, "--help", directory=tmp_path)
     assert result.returncode == 0
     assert f"Usage: python -m attention_sinks.cli {command}" in result.stdout
     assert "--window-length" in result.stdout
 
 
-def test_bad_input_is_answered_with_one_line(folder: Path, text: Path, tmp_path: Path) -> None:
+def test_bad_input_gives_one_line_and_exit_code_two(folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     (tmp_path / "short.txt").write_text("abc")
     refused = tmp_path / "gpt2"
@@ -91,7 +91,7 @@ def test_bad_input_is_answered_with_one_line(folder: Path, text: Path, tmp_path:
         assert "Traceback" not in result.stderr
 
 
-def test_without_its_extra_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_the_cli_extra_the_error_says_what_to_install(tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['typer'] = None; import attention_sinks.cli"
     result = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 2
@@ -99,7 +99,7 @@ def test_without_its_extra_it_says_what_to_install(tmp_path: Path) -> None:
     assert 'pip install "attention-sinks[cli]"' in line
 
 
-def test_info_says_what_the_cache_of_the_model_does_and_holds(folder: Path, tmp_path: Path) -> None:
+def test_info_shows_how_the_cache_supports_the_model_and_how_much_it_holds(folder: Path, tmp_path: Path) -> None:
     result = run("info", folder, "-w", 100, "--dtype", "float32", directory=tmp_path)
     assert result.returncode == 0, result.stderr
     model: Any = chat_model()
@@ -117,7 +117,7 @@ def test_info_says_what_the_cache_of_the_model_does_and_holds(folder: Path, tmp_
         assert words in result.stdout
 
 
-def test_generate_continues_past_the_window_and_the_same_seed_gives_the_same(folder: Path, tmp_path: Path) -> None:
+def test_generate_continues_past_the_window_and_repeats_itself_with_the_same_seed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("Once upon a time " * 10)
     arguments = "generate", "--file", "long.txt", "-m", folder, "-w", 32, "--max-new-tokens", 80
     first, second = (run(*arguments, directory=tmp_path) for _ in range(2))
@@ -183,7 +183,7 @@ def chat(folder: Path, tmp_path: Path) -> Iterator[Terminal]:
     os.close(terminal.screen)
 
 
-def test_a_chat_goes_on_past_the_window_and_ctrl_c_stops_an_answer_only(chat: Terminal, tmp_path: Path) -> None:
+def test_a_chat_continues_past_the_window_and_ctrl_c_stops_only_the_answer(chat: Terminal, tmp_path: Path) -> None:
     chat.read_until("> ")
     seen = 0
     for message in ("Hello", "And again", "And a third time"):

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from attention_sinks import SinkCache, SinkSession
 
 from ..support.counting import Transfers
 from ..support.distributed import SHARED, STREAMS, prompt, streams
-from ..support.inside import buffers, windowed_chunk, windowed_sizes
 from ..support.models import CACHE, build_config, build_model, relative_error
 from ..support.streams import S, W
 from ..support.tokenizer import byte_tokenizer
@@ -67,7 +65,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_processes_that_share_a_model_say_what_one_says(architecture: str, stream: str, shared: Any) -> None:
+def test_processes_that_share_a_model_give_the_results_of_one(architecture: str, stream: str, shared: Any) -> None:
     alone, processes = shared[architecture]
     expected = alone[stream]
     for process in processes:
@@ -81,7 +79,7 @@ def test_processes_that_share_a_model_say_what_one_says(architecture: str, strea
 
 @pytest.mark.parametrize("stream", [name for name in STREAMS if name != "by_beams"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_each_process_holds_its_own_heads_alone(architecture: str, stream: str, shared: Any) -> None:
+def test_each_process_holds_only_its_own_heads(architecture: str, stream: str, shared: Any) -> None:
     alone, processes = shared[architecture]
     for states in ("keys", "values"):
         whole, parts = alone[stream][states], [process[stream][states] for process in processes]
@@ -114,7 +112,7 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("on_disk", OFFLOADED)
-def test_layers_that_wait_on_the_disk_say_what_they_say_in_memory(
+def test_layers_on_the_disk_give_the_results_of_layers_in_memory(
     on_disk: str, four_layers: str, tmp_path: Path
 ) -> None:
     expected = streams(four_layers)
@@ -127,7 +125,7 @@ def test_layers_that_wait_on_the_disk_say_what_they_say_in_memory(
 @pytest.mark.skipif(
     "tp_plan" in SHARED, reason="early transformers 5 computes nothing of a model that is all on the disk"
 )
-def test_a_session_through_a_model_that_waits_on_the_disk_is_resumed_there(tmp_path: Path) -> None:
+def test_a_session_with_a_model_on_the_disk_is_resumed(tmp_path: Path) -> None:
     build_model(build_config("llama", num_hidden_layers=2, vocab_size=259)).save_pretrained(tmp_path / "model")
     answers = []
     for options in ({}, {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}):
@@ -140,39 +138,8 @@ def test_a_session_through_a_model_that_waits_on_the_disk_is_resumed_there(tmp_p
     assert answers[0] == answers[1]
 
 
-def states_on(device: str, batch_size: int, query_length: int) -> tuple[Tensor, Tensor]:
-    key_states, value_states = torch.rand(2, batch_size, 2, query_length, 16, device=device)
-    return key_states, value_states
-
-
-@pytest.mark.parametrize("chunks", [[1], [1, 3], [40]], ids=str)
-@pytest.mark.parametrize("windowed", [False, True], ids=["", "windowed"])
-@pytest.mark.parametrize("pads", [None, [7, 0]], ids=["", "padded"])
-def test_no_step_takes_a_tensor_to_another_device(pads: list[int] | None, windowed: bool, chunks: list[int]) -> None:
-    """Of two devices here one computes nothing, but its tensors must lie there like any others."""
-    devices = ["cpu", "cpu", "meta", "meta"]
-    mask = None if pads is None else (torch.arange(20) >= torch.tensor(pads)[:, None]).long()
-    cache = SinkCache(build_config("llama", num_hidden_layers=4), W, S, attention_mask=mask)
-    transfers = Transfers()
-    for query_length in [20, *chunks * 50]:
-        if cache.get_seq_length() == 20 + sum(chunks):  # what a step needs is there after the first of each kind
-            transfers.found.clear()
-        # In a batch without padding a single token needs no window of its own.
-        in_window = windowed and (query_length > 1 or pads is not None)
-        with transfers, windowed_chunk(cache, query_length) if in_window else nullcontext():
-            sizes = windowed_sizes if in_window else SinkCache.get_mask_sizes
-            length, _ = sizes(cache, query_length, 0)
-            for layer_idx, device in enumerate(devices):
-                for returned in cache.update(*states_on(device, 2, query_length), layer_idx):
-                    assert returned.device.type == device
-                    assert returned.shape[2] == length
-    for layer, device in zip(cache.layers, devices, strict=True):
-        assert {states.device.type for states in buffers(layer)} == {device}
-    assert transfers.found == []
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_model_on_two_gpus_says_what_it_says_on_one(four_layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_two_gpus_gives_the_results_of_one(four_layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device_map: dict[str, int] = dict.fromkeys([*BEGIN, *LAYERS[:2]], 0) | dict.fromkeys([*LAYERS[2:], *END], 1)
     expected, actual = streams(four_layers, device_map={"": 0}), streams(four_layers, device_map=device_map)
     for stream, results in expected.items():
@@ -220,7 +187,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         ),
     ],
 )
-def test_an_example_prints_in_several_processes_what_it_prints_in_one(
+def test_an_example_prints_the_same_in_one_and_in_several_processes(
     example: str, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = ROOT / "examples" / example

@@ -32,7 +32,7 @@ def losses(logits: Tensor, ids: Tensor) -> Tensor:
     return cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
 
 
-def test_every_token_is_scored_once_as_its_definition_says() -> None:
+def test_every_token_is_scored_once_by_the_definition_of_its_curve() -> None:
     model, ids = tiny_model("llama", num_hidden_layers=2), random_ids(LENGTH)
     found = curves(model, ids, WINDOW, [4, 0], ["dense", "window", "recompute"], recompute_every=7)
     assert list(found) == ["dense", "window", "4 sinks", "recompute"]
@@ -51,7 +51,7 @@ def test_every_token_is_scored_once_as_its_definition_says() -> None:
         assert float(loss) == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_a_cache_that_keeps_everything_ends_where_the_positions_of_the_model_do() -> None:
+def test_the_dense_curve_ends_where_the_positions_of_the_model_end() -> None:
     model = build_model(build_config("gptj", num_hidden_layers=1, max_position_embeddings=300))
     ids = random_ids(700)
     found = curves(model, ids, WINDOW, [4], ["dense"])

@@ -23,7 +23,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "sinks")
 
 
-def test_the_repository_generates_as_the_package_does(hub: str) -> None:
+def test_the_hub_repository_generates_the_same_text_as_the_package(hub: str) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     ids = random_ids(10)
     options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
@@ -37,7 +37,7 @@ def test_the_repository_generates_as_the_package_does(hub: str) -> None:
     assert (output[CACHE].window_length, output[CACHE].num_sink_tokens) == (256, 4)
 
 
-def test_the_model_classes_of_older_versions_are_answered_with_the_new_way() -> None:
+def test_an_import_from_older_versions_gets_the_new_form_as_answer() -> None:
     with pytest.raises(ImportError, match=r"from transformers import AutoModelForCausalLM.*sink_generate\(model"):
         from attention_sinks import AutoModelForCausalLM  # noqa: F401
     with pytest.raises(ImportError, match="other"):

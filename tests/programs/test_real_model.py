@@ -58,7 +58,7 @@ def perplexity_past_the_window(step: Callable[[int], Tensor], ids: list[int]) ->
 
 
 @torch.no_grad()
-def test_perplexity_is_that_of_the_papers_rule_and_far_below_window_attention(
+def test_perplexity_equals_that_of_the_papers_rule_and_is_far_below_window_attention(
     model: PreTrainedModel, ids: list[int]
 ) -> None:
     def through_cache(num_sink_tokens: int) -> float:
@@ -99,7 +99,7 @@ def test_the_pipeline_takes_the_cache(model: PreTrainedModel, folder: Path) -> N
 
 
 @torch.no_grad()
-def test_text_read_in_chunks_is_scored_as_text_fed_by_tokens(model: PreTrainedModel, ids: list[int]) -> None:
+def test_chunks_of_a_text_give_the_logits_of_single_tokens(model: PreTrainedModel, ids: list[int]) -> None:
     cache = SinkCache(model.config, window_length=64)
     tokens = torch.tensor([ids[:200]])
     expected = torch.cat([model(token, **{CACHE: cache}).logits for token in tokens.split(1, dim=1)], dim=1)
@@ -108,7 +108,7 @@ def test_text_read_in_chunks_is_scored_as_text_fed_by_tokens(model: PreTrainedMo
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
-def test_a_conversation_has_the_tokens_of_its_template_and_goes_on_past_the_window(
+def test_a_conversation_has_the_tokens_of_its_template_and_continues_past_the_window(
     model: PreTrainedModel, folder: Path
 ) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, **GGUF)

@@ -14,15 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from attention_sinks import SinkCache, SinkSession
 
-from ..support.inside import Detokenizer, ids_of, pending_length
+from ..support.inside import ids_of
 from ..support.models import CACHE, build_model, relative_error
 from ..support.tokenizer import END, TEMPLATES, byte_tokenizer, chat_model
 
@@ -79,7 +76,7 @@ def error_of(session: SinkSession, read: list[int]) -> float:
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
 @pytest.mark.parametrize("system", [None, "Speak like a pirate."])
-def test_the_tokens_are_those_of_the_template_for_the_whole_conversation(
+def test_a_session_reads_the_tokens_of_the_template_for_the_whole_conversation(
     model: Any, template: str, system: str | None
 ) -> None:
     session = SinkSession(model, byte_tokenizer(TEMPLATES[template]), 1000, system=system)
@@ -100,7 +97,7 @@ def test_the_tokens_are_those_of_the_template_for_the_whole_conversation(
 
 
 @pytest.mark.parametrize("template", list(TEMPLATES))
-def test_an_answer_that_was_cut_off_is_ended_as_the_template_ends_it(model: Any, template: str) -> None:
+def test_an_interrupted_answer_ends_as_the_template_ends_it(model: Any, template: str) -> None:
     session = SinkSession(model, byte_tokenizer(TEMPLATES[template]), 1000)
     answer = session.chat("Tell me a story.", **say(session, " Once" + "upon" * 80))
     assert "".join(islice(answer, 4)) == " Onc"
@@ -120,7 +117,7 @@ def test_an_answer_that_was_cut_off_is_ended_as_the_template_ends_it(model: Any,
 
 
 @pytest.mark.parametrize("num_sink_tokens", [0, 4])
-def test_a_long_conversation_is_one_stream_and_nothing_of_it_grows(model: Any, num_sink_tokens: int) -> None:
+def test_a_long_conversation_is_one_stream_of_bounded_size(model: Any, num_sink_tokens: int) -> None:
     window_length = 48
     session = SinkSession(model, byte_tokenizer(), window_length, num_sink_tokens)
     widest = 0
@@ -149,7 +146,7 @@ def test_a_long_conversation_is_one_stream_and_nothing_of_it_grows(model: Any, n
     assert error_of(session, read) < 1e-4
 
 
-def test_a_model_whose_positions_cannot_be_wound_back_holds_a_session_too() -> None:
+def test_a_session_works_with_a_model_whose_positions_cannot_be_wound_back() -> None:
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "use_sliding_window": True}
     model = chat_model("qwen3", **layers, head_dim=32)
     session = SinkSession(model, byte_tokenizer(), 24)
@@ -161,7 +158,7 @@ def test_a_model_whose_positions_cannot_be_wound_back_holds_a_session_too() -> N
     assert error_of(session, read) < 1e-4
 
 
-def test_a_document_is_the_beginning_of_the_next_message(model: Any) -> None:
+def test_a_fed_document_is_the_beginning_of_the_next_message(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), 40)
     document = "Es war einmal ein König. " * 30
     with tokens_read(model) as read:
@@ -200,7 +197,7 @@ def test_without_a_template_a_session_reads_and_writes_plain_text(model: Any) ->
     assert session.tokens_seen == 4
 
 
-def test_a_system_prompt_is_never_forgotten(model: Any) -> None:
+def test_the_system_prompt_is_never_evicted(model: Any) -> None:
     system = "Answer in rhymes."
     session = SinkSession(model, byte_tokenizer(), 80, system=system)
     head = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
@@ -246,7 +243,7 @@ def test_bad_arguments_are_refused_at_once_and_change_nothing(
     assert (list(ids_of(session)), session.tokens_seen, session.cache.get_seq_length()) == before
 
 
-def test_a_template_that_refuses_or_rewrites_is_named(model: Any) -> None:
+def test_an_error_names_a_template_that_refuses_or_rewrites_messages(model: Any) -> None:
     template = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
     with pytest.raises(ValueError, match="refuses the conversation: System role not supported"):
         SinkSession(model, byte_tokenizer(template), system="Be brief.")
@@ -259,7 +256,7 @@ def test_a_template_that_refuses_or_rewrites_is_named(model: Any) -> None:
         session.chat("And now?")
 
 
-def test_who_stops_reading_stops_the_model_and_the_stream_goes_on(model: Any) -> None:
+def test_a_reader_who_stops_stops_the_model_and_the_stream_continues(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), 32)
     with tokens_read(model) as read:
         answer = session.chat("Hello", suppress_tokens=[END])
@@ -282,7 +279,7 @@ def test_who_stops_reading_stops_the_model_and_the_stream_goes_on(model: Any) ->
     assert error_of(session, read) < 1e-4
 
 
-def test_what_goes_wrong_while_generating_reaches_the_reader_and_the_stream_goes_on(model: Any) -> None:
+def test_an_error_during_generation_reaches_the_reader_and_the_stream_continues(model: Any) -> None:
     def fail(input_ids: Any, scores: Any) -> Any:
         raise ArithmeticError("no number")
 
@@ -299,7 +296,7 @@ def test_what_goes_wrong_while_generating_reaches_the_reader_and_the_stream_goes
     assert error_of(session, read) < 1e-4
 
 
-def test_an_end_that_the_caller_names_is_ended_as_the_template_ends_it() -> None:
+def test_an_eos_token_of_the_caller_is_ended_as_the_template_ends_it() -> None:
     model = chat_model(eos_token_id=None)
     session = SinkSession(model, byte_tokenizer(), 1000)
     "".join(session.chat("Hi", eos_token_id=END, **say(session, "Yo")))
@@ -307,7 +304,7 @@ def test_an_end_that_the_caller_names_is_ended_as_the_template_ends_it() -> None
     assert session.tokenizer.decode(ids_of(session)).count("Yo<|im_end|>\n<|im_start|>user\nSo?<|im_end|>\n") == 1
 
 
-def test_tokens_without_a_text_do_not_hide_that_the_reader_left(model: Any) -> None:
+def test_the_model_stops_for_an_absent_reader_even_if_tokens_have_no_text(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), 32)
     session.feed("Hello")
     answer = session.generate(**say(session, "a" + "<|im_start|>" * 2000))
@@ -316,7 +313,7 @@ def test_tokens_without_a_text_do_not_hide_that_the_reader_left(model: Any) -> N
     assert session.tokens_seen < 1000
 
 
-def test_an_answer_that_is_dropped_ends(model: Any) -> None:
+def test_a_dropped_answer_ends_its_thread(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), 32)
     threads = threading.active_count()
 
@@ -339,7 +336,7 @@ def test_an_answer_that_is_dropped_ends(model: Any) -> None:
     assert dropped() is None
 
 
-def test_however_often_ctrl_c_is_pressed_the_forward_pass_is_waited_for(tmp_path: Path) -> None:
+def test_ctrl_c_waits_for_the_forward_pass_however_often_it_is_pressed(tmp_path: Path) -> None:
     """In a process of its own, for signals go to the main thread."""
     script = """
 import os, signal, threading, time
@@ -368,7 +365,7 @@ for call in (lambda: session.feed("a" * 200), lambda: list(session.chat("b" * 20
     assert result.stdout.splitlines() == ["interrupted"] * 2
 
 
-def test_limits_hold_over_all_parts_of_an_answer(model: Any) -> None:
+def test_limits_hold_for_the_whole_answer(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), 16)
     before = session.tokens_seen
     "".join(session.chat("Hi", max_new_tokens=50, min_new_tokens=50))
@@ -387,34 +384,6 @@ def test_limits_hold_over_all_parts_of_an_answer(model: Any) -> None:
     began = time.monotonic()
     "".join(session.chat("Hi", max_time=0.3, suppress_tokens=[END]))
     assert 0.2 < time.monotonic() - began < 30
-
-
-TOKENIZER = byte_tokenizer()
-
-
-def test_spaces_between_words_stay_where_a_tokenizer_hides_them() -> None:
-    words = ["<s>", "\u2581Hello", "\u2581world", "\u2581time"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
-    inner.decoder = decoders.Metaspace()
-    inner.add_special_tokens(["<s>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
-    detokenizer = Detokenizer(tokenizer)
-    assert "".join(map(detokenizer.push, ([1], [2], [0], [3]))) == "Hello world time"
-    assert Detokenizer(tokenizer, [1]).push([2]) == " world"
-
-
-@given(st.text(), st.lists(st.integers(1, 4), min_size=1))
-def test_pieces_are_the_text(text: str, steps: list[int]) -> None:
-    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    detokenizer, pieces = Detokenizer(TOKENIZER), []
-    position = 0
-    while position < len(ids):
-        step = steps[position % len(steps)]
-        pieces.append(detokenizer.push(ids[position : position + step]))
-        assert pending_length(detokenizer) < 32
-        position += step
-    pieces.append(detokenizer.flush())
-    assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
 # --- files
@@ -436,7 +405,7 @@ SAVED: dict[str, Callable[[SinkSession], object]] = {
 
 @pytest.mark.parametrize("moment", SAVED)
 @pytest.mark.parametrize("system", [None, "Speak like a pirate."])
-def test_a_resumed_session_is_bitwise_the_one_that_never_stopped(
+def test_a_resumed_session_is_bitwise_equal_to_one_that_never_stopped(
     model: Any, moment: str, system: str | None, tmp_path: Path
 ) -> None:
     session = SinkSession(model, byte_tokenizer(), 64, system=system)
@@ -456,7 +425,7 @@ def test_a_resumed_session_is_bitwise_the_one_that_never_stopped(
     assert torch.equal(*logits)
 
 
-def test_weights_may_lie_in_memory_as_they_like(tmp_path: Path) -> None:
+def test_a_session_is_resumed_whatever_the_memory_layout_of_the_weights(tmp_path: Path) -> None:
     model = chat_model()
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.data = weight.data.T.contiguous().T
@@ -467,7 +436,7 @@ def test_weights_may_lie_in_memory_as_they_like(tmp_path: Path) -> None:
     assert SinkSession.load(tmp_path / "chat", model, byte_tokenizer()).tokens_seen == session.tokens_seen
 
 
-def test_a_session_that_another_thread_reads_is_not_saved(model: Any, tmp_path: Path) -> None:
+def test_a_session_in_use_by_another_thread_is_not_saved(model: Any, tmp_path: Path) -> None:
     session, refused = SinkSession(model, byte_tokenizer(), 64), []
 
     def save() -> None:

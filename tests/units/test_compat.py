@@ -159,7 +159,7 @@ def test_a_drift_is_noticed_before_a_token_is_returned(method: str, fake: Any, c
 
 
 @pytest.mark.parametrize("call", ALL)
-def test_a_mask_that_is_not_sized_by_the_cache_is_noticed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_not_sized_by_the_cache_is_noticed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if call is by_sink_prefill:
         call = by_unmasked_prefill
     original = masking_utils.create_causal_mask
@@ -177,7 +177,7 @@ def by_unmasked_prefill(model: Any) -> None:
 
 
 @pytest.mark.parametrize("call", ALL)
-def test_a_third_name_everywhere_is_noticed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_of_the_cache_is_noticed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = drifted("forward", under_a_third_name)
     SinkCache(model.config, W, S)  # the twin has been measured
 
@@ -189,7 +189,7 @@ def test_a_third_name_everywhere_is_noticed(call: Any, monkeypatch: pytest.Monke
         call(model)
 
 
-def test_a_model_that_takes_no_lower_positions_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_position_ids_is_noticed_after_a_rebase(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(build_config("llama", num_hidden_layers=2))
     cache = SinkCache(model.config, W, S)
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_model_that_takes_no_lower_positions_is_noticed(monkeypatch: pytest.Mo
     assert cache.get_seq_length() == 40
 
 
-def test_what_is_noticed_leaves_nothing_behind() -> None:
+def test_a_noticed_drift_leaves_cache_and_model_unchanged() -> None:
     """The same cache and model go on once the drift is gone."""
     model = tiny_model("llama", num_hidden_layers=2)
     cache = SinkCache(model.config, W, S)
@@ -225,7 +225,7 @@ def test_what_is_noticed_leaves_nothing_behind() -> None:
     assert "prepare_inputs_for_generation" not in vars(model)
 
 
-def test_both_names_of_the_cache_are_taken() -> None:
+def test_the_cache_is_taken_by_both_names() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     ids = random_ids(10)
     texts: list[Any] = []
@@ -245,7 +245,7 @@ def test_both_names_of_the_cache_are_taken() -> None:
 
 
 @pytest.mark.filterwarnings("default:.*past_key_values. is deprecated:FutureWarning")
-def test_transformers_takes_a_sink_cache_by_each_name_it_has() -> None:
+def test_transformers_takes_a_sink_cache_by_each_of_its_names() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     names = CACHE_NAMES if CACHE_NAMES[0] == CACHE else CACHE_NAMES[1:]
     for name in names:
@@ -255,7 +255,7 @@ def test_transformers_takes_a_sink_cache_by_each_name_it_has() -> None:
         assert getattr(output, name).kept_length == W
 
 
-def test_the_last_tested_version_is_the_one_that_the_tests_install() -> None:
+def test_the_last_tested_version_is_the_pinned_one() -> None:
     assert f"transformers=={LAST_TESTED}\n" in (ROOT / "constraints.txt").read_text()
 
 
@@ -278,12 +278,12 @@ def called_by_name() -> Iterator[tuple[str, Any, set[str]]]:
 
 
 @pytest.mark.parametrize(("what", "function", "names"), [pytest.param(*each, id=each[0]) for each in called_by_name()])
-def test_what_is_called_takes_the_arguments_it_is_given(what: str, function: Any, names: set[str]) -> None:
+def test_functions_of_transformers_take_the_arguments_that_they_are_given(what: str, function: Any, names: set[str]) -> None:
     parameters = inspect.signature(function).parameters
     assert names <= parameters.keys(), names - parameters.keys()
 
 
-def test_the_cache_has_one_name_in_all_that_transformers_takes_and_returns() -> None:
+def test_the_cache_has_one_name_in_all_of_transformers() -> None:
     for function in (
         GenerationMixin.prepare_inputs_for_generation,
         LlamaForCausalLM.forward,

@@ -43,7 +43,7 @@ WHOLE_KEYS = [name for name in ARCHITECTURES if name not in ("phi", "gptj", "dee
 
 @pytest.mark.parametrize("architecture", WHOLE_KEYS)
 @pytest.mark.parametrize("head_dim", [16, 128])
-def test_turning_equals_the_rotation_of_the_models_own_module(architecture: str, head_dim: int) -> None:
+def test_a_rotation_equals_that_of_the_module_of_the_model(architecture: str, head_dim: int) -> None:
     config = build_config(architecture, num_hidden_layers=1, hidden_size=4 * head_dim, head_dim=head_dim)
     (rotation,) = derive_positions(config, [0]).rotations.values()
     assert rotation is not None
@@ -55,7 +55,7 @@ def test_turning_equals_the_rotation_of_the_models_own_module(architecture: str,
         )
 
 
-def test_frequencies_are_bitwise_those_of_a_full_size_model() -> None:
+def test_frequencies_are_bitwise_equal_to_those_of_a_full_size_model() -> None:
     """The twin has one head and narrow layers; none of that may reach the frequencies."""
     config = LlamaConfig(
         hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=2,
@@ -91,7 +91,7 @@ def test_layers_without_position_have_no_rotation() -> None:
     num_pairs=st.integers(1, 8), tail=st.integers(0, 5), start=st.integers(0, 3), interleaved=st.booleans(),
     shifts=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_turns_add_up_and_keep_lengths(
+def test_rotations_add_up_and_keep_norms(
     num_pairs: int, tail: int, start: int, interleaved: bool, shifts: tuple[int, int], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def test_turns_add_up_and_keep_lengths(
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_with_its_reason(config: PreTrainedConfig, reason: str) -> None:
+def test_an_unsupported_model_is_refused_with_the_reason(config: PreTrainedConfig, reason: str) -> None:
     with pytest.raises(NotImplementedError, match=f"(?s){config.model_type!r}.*({reason})"):
         derive_positions(config, range(2))
 
@@ -135,19 +135,19 @@ def test_what_is_not_understood_is_refused_with_its_reason(config: PreTrainedCon
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )  # fmt: skip
-def test_the_first_position_at_which_a_model_changes_is_found(config: PreTrainedConfig, limit: int) -> None:
+def test_the_position_limit_is_the_first_position_where_the_model_changes(config: PreTrainedConfig, limit: int) -> None:
     """A table that ends, frequencies that depend on the length, queries scaled by their position."""
     assert derive_positions(config, [0]).limit == limit
 
 
-def test_queries_that_are_scaled_by_the_number_of_tokens_seen_limit_it() -> None:
+def test_queries_scaled_by_the_number_of_tokens_limit_positions() -> None:
     """Llama 4 does so from 8,191 on, in a way that neither keys nor `position_ids` show."""
     positions = derive_positions(Llama4TextConfig(num_hidden_layers=4, floor_scale=2000), [3])
     assert positions.rotations == {3: None}
     assert 2000 - 6 <= positions.limit < 2000  # the measured sequence has six tokens
 
 
-def test_attention_biased_by_the_order_of_the_tokens_asks_for_that_order() -> None:
+def test_attention_biased_by_distance_needs_keys_in_order() -> None:
     assert derive_positions(MptConfig(n_layers=2), [0, 1]).in_order
     assert not derive_positions(build_config("llama", num_hidden_layers=2), [0, 1]).in_order
 
@@ -182,7 +182,7 @@ def test_latent_attention_rotates_what_it_caches_as_values() -> None:
     assert rotation.rotary_dim == config.qk_rope_head_dim
 
 
-def test_keys_that_are_normed_after_their_rotation_are_refused() -> None:
+def test_a_model_that_normalizes_keys_after_their_rotation_is_refused() -> None:
     """With trained, unequal weights such a norm does not commute with a rotation; a fresh model would hide that."""
     config = HunYuanDenseV1Config(num_hidden_layers=1, head_dim=128)
     with pytest.raises(NotImplementedError, match="depends on absolute positions"):
@@ -197,7 +197,7 @@ def test_unregistered_configs_are_refused() -> None:
         derive_positions(OwnConfig(), [0])
 
 
-def test_deriving_leaves_the_callers_state_alone() -> None:
+def test_deriving_positions_does_not_change_the_state_of_the_caller() -> None:
     config = build_config("llama", num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     before, state = copy.deepcopy(config), torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
@@ -209,5 +209,5 @@ def test_deriving_leaves_the_callers_state_alone() -> None:
     assert config.to_dict() == before.to_dict()
 
 
-def test_a_model_that_makes_much_of_a_rounding_is_not_taken_for_one_that_counts_positions() -> None:
+def test_a_model_that_amplifies_rounding_has_no_position_limit() -> None:
     assert derive_positions(Gemma3nTextConfig(), range(4)).limit == LAST_POSITION
