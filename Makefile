@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 # The tests that run on other versions too; the pages and the benchmarks are those of the pinned ones.
-FAST := -m "not slow" $(addprefix --ignore tests/test_,docs.py benchmarks.py soak.py)
+FAST := -m "not slow" $(addprefix --ignore tests/programs/test_,docs.py benchmarks.py soak.py)
 # Two processes of one thread each are faster than one of two: threads that wait for each other spin.
 PARALLEL := OMP_NUM_THREADS=1
 

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from attention_sinks import SinkCache, sink_generate
-from attention_sinks.cache import SinkLayer
+from attention_sinks.storage.layers import SinkLayer
 from attention_sinks.compat import cache_name
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
@@ -344,7 +344,7 @@ def _judge(model_type: str) -> dict[str, Any]:
 def row_of(cache: SinkCache, error: float) -> dict[str, Any]:
     """Return the row of a model that was compared with itself without a cache."""
     classes = Counter(type(layer).__name__ for layer in cache.layers)
-    in_order = any(getattr(layer, "in_order", False) for layer in cache.layers)
+    in_order = cache.needs_temporal_order
     return {
         "verdict": "exact" if error < 1e-3 else "wrong",
         "error": f"{error:.0e}",

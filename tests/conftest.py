@@ -1,5 +1,20 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
-# Speed is no law: a busy machine must not fail a test.
+# Tests state laws, not speed: a busy machine must not fail one.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("default")
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take minutes, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("exhaustive") is None)

@@ -187,7 +187,7 @@ class CheckedStreamer(BaseStreamer):
 class _CompileableCache(Cache):
     """A cache that `generate` may compile a model for."""
 
-    is_compileable = True  # type: ignore[assignment]
+    is_compileable = True
 
 
 @functools.lru_cache
@@ -198,8 +198,8 @@ def compiles_by_itself(device: torch.device | None) -> bool:
     """
     if device is None:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = types.SimpleNamespace(device=device, config=PreTrainedConfig())
-    arguments = {cache_name(): _CompileableCache(layers=[])}
+    model: Any = types.SimpleNamespace(device=device, config=PreTrainedConfig())
+    arguments: dict[str, Any] = {cache_name(): _CompileableCache(layers=[])}
     before = os.environ.get("TOKENIZERS_PARALLELISM")  # set by transformers where it compiles
     try:
         return bool(GenerationMixin._valid_auto_compile_criteria(model, arguments, GenerationConfig()))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: str | os.PathLike[str], kind: str, state: dict[str, Any]) -> None:

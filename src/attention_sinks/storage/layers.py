@@ -175,10 +175,8 @@ class SinkLayer(CacheLayerMixin):
         return keys, values
 
     def _write_token(self, keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor, plan: Plan) -> None:
-        if isinstance(plan, StaticPlan):
-            slot = plan.slot_mapping(self.group.count)
-        else:
-            slot = plan.slot_mapping(keys.device)
+        count, device = self.group.count, keys.device
+        slot = plan.slot_mapping(count) if isinstance(plan, StaticPlan) else plan.slot_mapping(device)
         if self.rotation is not None and self.num_sink_tokens > 0 and (plan.stores_sinks or plan.rotates_sinks):
             rotating, states = self.rotating(keys, values), self.rotating(key_states, value_states)
             slots = plan.layout.sink_slots(slot.device)
@@ -321,7 +319,7 @@ class SinkLayer(CacheLayerMixin):
             )
         return min(seen, now)
 
-    def crop(self, tokens_to_remove: int, layout: Layout) -> None:  # type: ignore[override]
+    def crop(self, tokens_to_remove: int, layout: Layout) -> None:
         """Take back the last `-tokens_to_remove` tokens, see `SinkCache.crop`."""
         seen = self.length_after_crop(tokens_to_remove, layout)
         if self.pending is not None:

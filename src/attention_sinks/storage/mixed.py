@@ -31,7 +31,8 @@ LINEAR_FIELDS: dict[str, tuple[type, ...]] = {
 class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
     """A `SinkLayer` beside the states of a linear attention or a convolution, whose size is constant by itself."""
 
-    dtype = device = None  # the linear attention sets those of its states
+    dtype: Any = None  # those of the linear attention, which sets them
+    device: Any = None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         # Called with keys and values by position for the slots, and with states by name for the rest.
@@ -136,7 +137,7 @@ class IndexedSinkLayer(SinkLayer):
         self.indexer.stop_recording(layout)
         super().stop_recording(layout)
 
-    def crop(self, tokens_to_remove: int, layout: Layout) -> None:  # type: ignore[override]
+    def crop(self, tokens_to_remove: int, layout: Layout) -> None:
         if self.indexer.is_initialized:  # some layers share the indexer of another
             self.indexer.crop(tokens_to_remove, layout)
         super().crop(tokens_to_remove, layout)

@@ -1,0 +1,537 @@
+"""A `SinkCache` as databases are tested: any sequence of calls, against a model of the contract in plain Python.
+
+The model (`Stream`) remembers every token ever fed, by its word and its position, and knows only the contract: which
+tokens a query sees, that attention takes them as contiguous, what may be refused. It knows neither slots nor shifts.
+States are looked up by word and position in tables, which are rotated by a formula of their own, so that no model runs.
+
+A run takes `EXAMPLES` caches through up to `STEPS` calls each, some 25,000 in all, in a minute or two. A failure prints
+the shortest sequence of calls that shows it, and how to run just that again.
+"""
+
+import contextlib
+import copy
+import math
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from attention_sinks import SinkCache
+
+from ..support import inside
+from ..support.contract import (
+    CONV_KERNEL_SIZE,
+    CONVOLVED,
+    LONGEST_CHUNK,
+    MODELS,
+    PAD,
+    POSITIONS,
+    RECURRENT,
+    WORDS,
+    Layer,
+    Row,
+    States,
+    Stream,
+    View,
+    mask_of,
+    tensors_of,
+)
+from ..support.versions import RECORDS_PAST
+
+STEPS = 50
+
+
+EXAMPLES = 600 if RECORDS_PAST else 200
+
+
+@dataclass
+class Branch:
+    """A cache, the model of what it must hold, and the check that they agree."""
+
+    cache: SinkCache
+    stream: Stream
+    source: random.Random = field(default_factory=lambda: random.Random(0))
+    # What an update gave under autograd, which nothing may write over, and what it was.
+    given: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False) -> None:
+        """One forward pass, as far as the cache is concerned, and what its queries must see."""
+        cache, stream, layers = self.cache, self.stream, self.stream.model.layers
+        chunk = stream.new_tokens(query_length, self.source)
+        self.check_sizes(query_length, windowed)
+        kv_lengths = [stream.announced(layer, query_length, windowed)[0] for layer in layers]
+        views = stream.feed(chunk, windowed)
+        modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
+        windows = inside.windowed_chunk(cache, query_length) if windowed else self.lowered(query_length)
+        with modes[mode](), windows as visible:
+            returned = [self.update_layer(i, *tensors_of(chunk), grad=mode == "grad") for i in range(len(layers))]
+        assert all(torch.equal(states, before) for states, before in self.given), "written over before backward"
+        self.given = []
+        for i, (layer, kv_length) in enumerate(zip(layers, kv_lengths, strict=True)):
+            if layer.conv:
+                self.check_conv(i)
+            if returned[i] is None:
+                continue
+            keys, values, indexed = returned[i]
+            assert keys.shape[2] == values.shape[2] == kv_length
+            if mode == "grad" and layer.is_ring:
+                assert keys.requires_grad
+                assert values.requires_grad
+                keys, values = keys.detach(), values.detach()
+                self.given += [(keys, keys.clone()), (values, values.clone())]
+            if not layer.is_ring:
+                self.check_sliding(layer, keys, values)
+            elif not windowed:
+                # A single token may see its keys in any order, of which the mask tells only those from the pads.
+                in_order = query_length > 1 or stream.model.in_order
+                assert torch.equal(views[0].is_token, stream.mask(kv_length))
+                self.check_view(layer, views[0], keys, values, indexed, in_order)
+            else:
+                for query, view in enumerate(views):
+                    self.check_window(layer, view, keys, values, visible, query)
+
+    def lowered(self, query_length: int) -> contextlib.AbstractContextManager[Any]:
+        is_rebased = self.stream.is_rebased
+        return inside.rebased_positions(self.cache, query_length) if is_rebased else contextlib.nullcontext()
+
+    def update_layer(self, i: int, words: Tensor, positions: Tensor, grad: bool = False) -> Any:
+        """What attention does of a layer's forward pass: keys, values and the indexer's keys."""
+        cache, layer, dtype = self.cache, self.stream.model.layers[i], self.stream.dtype
+        if layer.conv:
+            columns = CONVOLVED.at(words, positions)[:, 0].mT.to(dtype)
+            cache.update_conv_state(columns, i, conv_kernel_size=CONV_KERNEL_SIZE)
+        if layer.recurrent:
+            cache.update_recurrent_state(RECURRENT.at(words[:, -1:], positions[:, -1:]).to(dtype), i)
+        if layer.keys is None or layer.values is None:
+            return None
+        keys, values = layer.keys.at(words, positions).to(dtype), layer.values.at(words, positions).to(dtype)
+        grad &= layer.is_ring  # other layers would keep the graph
+        keys, values = cache.update(keys.requires_grad_(grad), values.requires_grad_(grad), i)
+        if not grad:
+            keys, values = keys.clone(), values.clone()  # the next layer may return the same memory
+        indexed = None
+        if layer.indexer is not None:
+            indexed = cache.update_indexer(layer.indexer.at(words, positions)[:, 0].to(dtype), i)[:, None]
+        return keys, values, indexed
+
+    def check_window(
+        self, layer: Layer, view: View, keys: Tensor, values: Tensor, visible: Callable[..., Tensor], query: int
+    ) -> None:
+        """The same for a query of a chunk that is shown its own window by a mask."""
+        rows, slots = torch.arange(len(keys))[:, None], torch.arange(keys.shape[2])[None]
+        shown = visible(rows, 0, torch.tensor(query), slots).expand(len(keys), -1)
+        assert bool(shown.any(dim=1).all()), "not even a pad may see nothing"
+        wanted = view.is_token.sum(dim=1)
+        assert torch.equal(shown.sum(dim=1)[wanted > 0], wanted[wanted > 0])
+        if not wanted.any():
+            return
+        order = shown.int().sort(dim=1, stable=True).indices[:, slots.shape[1] - view.words.shape[1] :, None]
+        keys, values = (
+            states.gather(2, order[:, None].expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (keys, values)
+        )
+        self.check_view(layer, view, keys, values, None, in_order=False)
+
+    def check_view(
+        self, layer: Layer, view: View, keys: Tensor, values: Tensor, indexed: Tensor | None, in_order: bool
+    ) -> None:
+        """Whether keys and values that a query sees are those of the tokens it must see, where it must see them."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        dtype, rows = self.stream.dtype, torch.arange(len(keys))[:, None]
+        still, turning = (layer.keys, layer.values) if layer.values.rope is not None else (layer.values, layer.keys)
+        still_states, turning_states = (keys, values) if still is layer.keys else (values, keys)
+        assert still_states.dtype == turning_states.dtype == dtype
+        expected = still.at(view.words, view.positions).to(dtype)
+        order = torch.arange(view.words.shape[1]).expand(len(keys), -1)
+        if not in_order:
+            same = (still_states[:, :, :, None] == expected[:, :, None]).all(dim=-1).all(dim=1)
+            same &= view.is_token[:, :, None] & view.is_token[:, None]
+            assert torch.equal(same.sum(dim=1), view.is_token.long()), "a token that must be seen is not, or twice"
+            assert torch.equal(same.sum(dim=2), view.is_token.long()), "something else is seen"
+            order = torch.where(view.is_token, same.int().argmax(dim=2), order)
+        shown = view.is_token[:, None, :, None]
+        assert torch.equal(still_states * shown, expected[rows, :, order].transpose(1, 2) * shown)
+        words, positions = view.words[rows, order], view.positions[rows, order]
+        exact = view.is_exact[rows, order][:, None, :, None]
+        for kind, states in ((turning, turning_states), (layer.indexer, indexed)):
+            if kind is None or states is None:
+                continue
+            turned = kind.at(words, positions)
+            error = ((states.double() - turned) * shown).abs().max()
+            assert error <= self.tolerance, f"{kind} is {error} away from where attention takes it to be"
+            assert torch.equal(states * exact, turned.to(dtype) * exact), "changed without need"
+        self.check_attention(still, turning, view, still_states.double(), turning_states.double())
+
+    def check_attention(self, still: States, turning: States, view: View, stills: Tensor, turnings: Tensor) -> None:
+        """The last token as a query, where the model is told it stands, against the kept tokens numbered from 0."""
+        asked = (view.words[:, -1:] + 1) % WORDS
+
+        def output(query_at: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            query = turning.at(asked, query_at)
+            scores = (query @ keys.mT) / keys.shape[3] ** 0.5
+            weights = scores.masked_fill(~view.is_token[:, None, None], -math.inf).softmax(dim=-1)
+            attended: Tensor = weights.nan_to_num() @ values  # a row of nothing but pads attends to nothing
+            return attended
+
+        actual = output(view.positions[:, -1:], turnings, stills)
+        expected = output(
+            view.in_cache[:, -1:], turning.at(view.words, view.in_cache), still.at(view.words, view.in_cache)
+        )
+        assert (actual - expected).abs().max() <= 10 * self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        """What the sinks and every rebase may round."""
+        if self.stream.dtype is torch.bfloat16:
+            return 2**-6 * (2 + self.stream.num_rebases)
+        return 1e-5
+
+    def check_sliding(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
+        assert layer.keys is not None
+        assert layer.values is not None
+        recent = tensors_of([row.fed[-keys.shape[2] :] for row in self.stream.rows])
+        assert torch.equal(keys, layer.keys.at(*recent).to(self.stream.dtype))
+        assert torch.equal(values, layer.values.at(*recent).to(self.stream.dtype))
+
+    def check_conv(self, i: int) -> None:
+        layer, dtype = self.cache.layers[i], self.stream.dtype
+        words, positions = tensors_of([row.fed[-CONV_KERNEL_SIZE:] for row in self.stream.rows])
+        columns = CONVOLVED.at(words, positions)[:, 0].mT.to(dtype)
+        columns = torch.nn.functional.pad(columns, (CONV_KERNEL_SIZE - columns.shape[2], 0))
+        assert torch.equal(layer.conv_states[0][..., -CONV_KERNEL_SIZE:], columns)
+        if self.stream.model.layers[i].recurrent:
+            expected = RECURRENT.at(words[:, -1:], positions[:, -1:]).to(dtype)
+            assert torch.equal(layer.recurrent_states[0], expected)
+
+    def check_sizes(self, query_length: int, windowed: bool = False) -> None:
+        for i, layer in enumerate(self.stream.model.layers):
+            if layer.keys is not None:
+                # The model does not size a mask with windows, and its own sliding window does not matter for it.
+                sizes_of = inside.windowed_sizes if windowed else SinkCache.get_mask_sizes
+                with contextlib.nullcontext() if windowed else self.lowered(query_length):
+                    sizes = sizes_of(self.cache, query_length, i)
+                assert sizes == self.stream.announced(layer, query_length, windowed)
+
+    def check_counts(self) -> None:
+        cache, stream = self.cache, self.stream
+        assert cache.get_seq_length() == cache.get_query_offset() == stream.seen
+        assert cache.kept_length == stream.kept_length
+        assert inside.num_rows(cache) == (len(stream.rows) if stream.is_initialized else 0)
+        for i, (layer, kind) in enumerate(zip(cache.layers, stream.model.layers, strict=True)):
+            if isinstance(layer, CacheLayerMixin):
+                assert cache.get_seq_length(i) == stream.seen
+            if kind.is_ring and layer.is_initialized:
+                assert layer.keys.shape[:3] == layer.values.shape[:3]
+                assert layer.keys.shape[2] == stream.window_length
+                assert not layer.keys.requires_grad
+                assert not layer.values.requires_grad
+        offsets = inside.position_offsets(cache)
+        expected = stream.offsets() if stream.is_initialized else [0] * len(stream.rows)
+        assert offsets * (len(expected) // len(offsets)) == expected
+        for query_length in (1, 3):
+            if not self.stream.hides_sinks(query_length):
+                self.check_sizes(query_length)
+
+    def copied(self) -> "Branch":
+        return Branch(copy.deepcopy(self.cache), copy.deepcopy(self.stream), copy.deepcopy(self.source))
+
+    def check_unchanged(self) -> None:
+        """Whether copies take the next token as if nothing had happened, or the last update back."""
+        for back in {0, self.stream.recorded}:
+            if self.stream.can_crop(back):
+                branch = self.copied()
+                if back > 0:
+                    branch.cache.crop(-back)
+                    branch.stream.crop(back)
+                branch.update(1)
+
+
+chunk_lengths = st.integers(1, 9)
+
+
+paddings = st.integers(1, 3).map(lambda rows: [0] * rows) | st.lists(st.integers(0, 12), min_size=1, max_size=3)
+
+
+dtypes = st.sampled_from([torch.float32] * 4 + [torch.float64, torch.bfloat16])
+
+
+class SinkCacheMachine(RuleBasedStateMachine):
+    branch: Branch
+    other: Branch | None = None
+
+    # --- streams
+
+    @initialize(name=st.sampled_from([*MODELS]), data=st.data(), pads=paddings, dtype=dtypes)
+    def new_cache(self, name: str, data: Any, pads: list[int], dtype: torch.dtype) -> None:
+        model = MODELS[name]
+        window_length = data.draw(st.integers(model.shortest_window, 12), label="window_length")
+        num_sink_tokens = data.draw(st.integers(0, window_length - 1), label="num_sink_tokens")
+        cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=mask_of(pads))
+        self.branch = Branch(cache, Stream(model, window_length, num_sink_tokens, []))
+        self.begin(pads, dtype)
+
+    def begin(self, pads: list[int], dtype: torch.dtype) -> None:
+        old = self.stream
+        self.branch.stream = Stream(
+            old.model, old.window_length, old.num_sink_tokens, [Row(pads=each) for each in pads], any(pads), dtype
+        )
+        self.branch.given = []
+
+    @property
+    def cache(self) -> SinkCache:
+        return self.branch.cache
+
+    @property
+    def stream(self) -> Stream:
+        return self.branch.stream
+
+    def room(self, query_length: int) -> int:
+        """So many new tokens, or as many as the tables have positions for."""
+        furthest = max(row.position for row in self.stream.rows)
+        return min(query_length, POSITIONS - 1 - furthest)
+
+    @precondition(lambda self: self.stream.seen > 20)
+    @rule(pads=paddings, dtype=dtypes, data=st.data())
+    def reset(self, pads: list[int], dtype: torch.dtype, data: Any) -> None:
+        """Another stream, after a forward pass that was interrupted between two layers, perhaps."""
+        reached = data.draw(st.integers(0, len(self.stream.model.layers) - 1), label="layers reached")
+        if reached > 0:
+            self.interrupt(reached)
+        self.cache.reset()
+        assert not self.cache.is_initialized
+        if any(pads):
+            self.cache.announce_padding(mask_of(pads))
+        self.begin(pads, dtype)
+
+    def interrupt(self, reached: int) -> None:
+        tokens = torch.ones(len(self.stream.rows), 1, dtype=torch.long)
+        with self.branch.lowered(1), torch.no_grad():
+            for i in range(reached):
+                self.branch.update_layer(i, tokens, tokens)
+        with self.branch.lowered(1), torch.no_grad(), pytest.raises(RuntimeError, match="interrupted"):
+            self.branch.update_layer(0, tokens, tokens)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            self.cache.reorder_cache(torch.tensor([0]))
+
+    @precondition(lambda self: not self.stream.is_initialized and self.stream.model.initializes_early)
+    @rule()
+    def initialize_early(self) -> None:
+        """As `torch.export` does it."""
+        keys = self.stream.model.layers[0].keys
+        assert keys is not None
+        rows = len(self.stream.rows)
+        self.cache.early_initialization(rows, keys.num_heads, keys.dim, self.stream.dtype, torch.device("cpu"))
+        assert self.cache.is_initialized
+        self.stream.is_initialized = True
+
+    # --- new tokens
+
+    @rule(count=st.integers(1, 12), mode=st.sampled_from(["no_grad", "inference", "grad"]))
+    def decode(self, count: int, mode: str) -> None:
+        for _ in range(self.room(count)):
+            self.update(1, mode)
+
+    @rule(query_length=chunk_lengths, mode=st.sampled_from(["no_grad", "inference", "grad"]), windowed=st.booleans())
+    def read(self, query_length: int, mode: str, windowed: bool) -> None:
+        self.update(self.room(query_length), mode, windowed and self.stream.model.can_window)
+
+    @precondition(lambda self: self.stream.seen == 0)
+    @rule(query_length=st.integers(10, LONGEST_CHUNK))
+    def read_long_prompt(self, query_length: int) -> None:
+        self.update(query_length, "no_grad")
+
+    def update(self, query_length: int, mode: str, windowed: bool = False) -> None:
+        if query_length < 1:
+            return
+        if mode == "inference" and self.stream.model.has_linear_layers:
+            mode = "no_grad"  # those of transformers could not be written to later
+        windowed &= not self.stream.has_gap  # which single tokens must fill first
+        if self.stream.hides_sinks(query_length) and not windowed:
+            with pytest.raises(ValueError, match="would hide the sinks"), self.branch.lowered(query_length):
+                self.cache.get_mask_sizes(query_length, 0)
+        else:
+            self.branch.update(query_length, mode, windowed)
+
+    @precondition(lambda self: not self.stream.is_initialized and self.stream.is_padded)
+    @rule(repeats=st.integers(2, 3), query_length=chunk_lengths)
+    def read_repeated(self, repeats: int, query_length: int) -> None:
+        """Beams repeat the rows of the first prompt, and only the cache must be told so."""
+        self.stream.choose([row for row in range(len(self.stream.rows)) for _ in range(repeats)])
+        self.update(query_length, "no_grad")
+
+    # --- taking tokens back
+
+    @precondition(lambda self: self.stream.seen > 0)
+    @rule(data=st.data(), as_length=st.booleans())
+    def crop(self, data: Any, as_length: bool) -> None:
+        possible = [back for back in range(1, 15) if self.stream.can_crop(back)]
+        self.take_back(data.draw(st.sampled_from(possible or [0]) | st.integers(0, 14), label="back"), as_length)
+
+    def take_back(self, back: int, as_length: bool = False) -> None:
+        length = self.stream.seen - back
+        tokens_to_remove = length if as_length and length > 0 else -back
+        if not self.stream.can_crop(back):
+            with pytest.raises(ValueError, match="tokens_to_remove|sliding window"):
+                self.cache.crop(tokens_to_remove)
+            self.branch.check_unchanged()
+        else:
+            self.cache.crop(tokens_to_remove)
+            self.stream.crop(back)
+
+    if RECORDS_PAST:
+
+        @precondition(lambda self: self.stream.is_initialized)
+        @rule()
+        def record_past(self) -> None:
+            self.cache.activate_past_recording()  # type: ignore[no-untyped-call]
+            self.stream.is_recording = True
+
+        @precondition(lambda self: self.stream.is_recording)
+        @rule(query_length=chunk_lengths, data=st.data())
+        def try_candidates(self, query_length: int, data: Any) -> None:
+            """As assisted decoding does."""
+            query_length = self.room(query_length)
+            self.update(query_length, "no_grad")
+            self.take_back(data.draw(st.integers(0, query_length), label="rejected"))
+
+        @precondition(lambda self: self.stream.is_recording)
+        @rule()
+        def record_past_no_more(self) -> None:
+            self.cache.deactivate_past_recording()
+            self.stream.store_recorded()
+            self.stream.trim()
+            self.stream.is_recording = False
+
+    # --- rows
+
+    @precondition(lambda self: self.stream.seen > 0)
+    @rule(data=st.data())
+    def reorder_cache(self, data: Any) -> None:
+        num_rows = len(self.stream.rows)
+        rows = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=num_rows, max_size=num_rows), label="rows")
+        self.cache.reorder_cache(torch.tensor(rows))
+        self.stream.choose(rows)
+
+    @precondition(lambda self: self.stream.seen > 0)
+    @rule(data=st.data())
+    def batch_select_indices(self, data: Any) -> None:
+        num_rows = len(self.stream.rows)
+        rows = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=num_rows), label="rows")
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self.stream.choose(rows)
+
+    @precondition(lambda self: self.stream.seen > 0 and len(self.stream.rows) <= 2)
+    @rule(repeats=st.integers(1, 2))
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.cache.batch_repeat_interleave(repeats)
+        self.stream.choose([row for row in range(len(self.stream.rows)) for _ in range(repeats)])
+
+    # --- positions
+
+    @precondition(lambda self: self.stream.is_initialized)
+    @rule(compact=st.booleans())
+    def wind_back(self, compact: bool) -> None:
+        wind_back = self.cache.compact if compact else self.cache.rebase
+        if not self.stream.model.can_rebase:
+            with pytest.raises(NotImplementedError, match="cannot be wound back"):
+                wind_back()
+            self.branch.check_unchanged()
+        else:
+            wind_back()
+            self.stream.compact() if compact else self.stream.rebase()
+
+    # --- copies
+
+    @precondition(lambda self: self.stream.is_initialized)
+    @rule(copied=st.booleans())
+    def go_on_with_another(self, copied: bool) -> None:
+        """With a copy, or with what an earlier copy was made of."""
+        other = self.branch.copied() if copied or self.other is None else self.other
+        self.other, self.branch = self.branch, other
+
+    @precondition(lambda self: self.stream.is_initialized)
+    @rule()
+    def save_and_load(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            self.cache.save(path)
+            self.branch.cache = SinkCache.load(path, self.stream.model.config)
+
+    # --- what is refused changes nothing
+
+    @precondition(lambda self: self.stream.is_initialized)
+    @rule(
+        query_length=st.integers(1, 3), wrong=st.sampled_from(["dtype", "rows", "heads", "head_dim", "other length"]),
+    )  # fmt: skip
+    def refuse_other_states(self, query_length: int, wrong: str) -> None:
+        layer, rows = self.stream.model.layers[0], len(self.stream.rows)
+        if layer.keys is None or layer.values is None or layer.indexer is not None:
+            return
+        if layer.sliding_window is not None and wrong not in ("dtype", "rows"):
+            return  # it is not ours
+        keys, values = (
+            torch.randn(rows, kind.num_heads, query_length, kind.dim, dtype=self.stream.dtype)
+            for kind in (layer.keys, layer.values)
+        )
+        keys, values = {
+            "dtype": lambda: (keys.half(), values.half()),
+            "rows": lambda: (keys.repeat(2, 1, 1, 1), values.repeat(2, 1, 1, 1)),
+            "heads": lambda: (keys.repeat(1, 2, 1, 1), values.repeat(1, 2, 1, 1)),
+            "head_dim": lambda: (keys, values[..., 1:]),
+            "other length": lambda: (keys, values.repeat(1, 1, 2, 1)),
+        }[wrong]()
+        length = keys.shape[2]
+        with self.branch.lowered(length), torch.no_grad(), pytest.raises(ValueError, match="_states` must"):
+            self.cache.update(keys, values, 0)
+        self.branch.check_unchanged()
+
+    @precondition(lambda self: self.stream.is_rebased and self.offset > 0 and not self.stream.model.has_linear_layers)
+    @rule(query_length=st.integers(1, 3))
+    def refuse_positions_that_were_not_lowered(self, query_length: int) -> None:
+        tokens = torch.zeros(len(self.stream.rows), query_length, dtype=torch.long)
+        with torch.no_grad(), pytest.raises(ValueError, match="Continue it with `sink_generate`"):
+            self.branch.update_layer(0, tokens, tokens)
+        self.branch.check_unchanged()
+
+    @property
+    def offset(self) -> int:
+        return max(self.stream.offsets())
+
+    @precondition(lambda self: not self.stream.is_initialized and not self.stream.is_padded)
+    @rule()
+    def refuse_pads_that_nobody_announced(self) -> None:
+        """Where states turn, two equal ones at the start can only be pads; layers before took them already."""
+        turning = [i for i, layer in enumerate(self.stream.model.layers) if layer.is_ring and layer.turns]
+        if turning:
+            words = torch.tensor([[PAD, PAD, 5]] * len(self.stream.rows))
+            with torch.no_grad():
+                for i in range(turning[0]):
+                    self.branch.update_layer(i, words, (words > PAD).long())
+                with pytest.raises(ValueError, match="as only padding does"):
+                    self.branch.update_layer(turning[0], words, (words > PAD).long())
+            assert not self.cache.is_initialized
+
+    # --- always
+
+    @invariant()
+    def counts(self) -> None:
+        self.branch.check_counts()
+
+
+TestSinkCacheMachine = SinkCacheMachine.TestCase
+
+
+TestSinkCacheMachine.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, print_blob=True
+)
