@@ -38,10 +38,10 @@ def operations_of_a_step(num_layers: int, window_length: int, dtype: torch.dtype
     return feed(cache, 1, dtype=dtype)
 
 
-def test_a_step_does_three_writes_per_layer_and_a_constant_number_of_other_operations() -> None:
-    """On a GPU the launches are the cost."""
+def test_a_step_does_two_writes_per_layer_and_a_constant_number_of_other_operations() -> None:
+    """On a GPU the launches are the cost. The sinks and the token of a layer are one write."""
     few, many = operations_of_a_step(2, 64), operations_of_a_step(10, 64)
-    assert many.names - few.names == Counter({"index_copy_": 3 * 8})
+    assert many.names - few.names == Counter({"index_copy_": 2 * 8, "cat": 8})
     assert few.names.total() - 3 * 2 <= 12
     assert operations_of_a_step(2, 4096).names == few.names
 
@@ -64,22 +64,16 @@ def steps(num_layers: int, shortest: int) -> list[Counter[str]]:
 
 
 def check_steps(few: list[Counter[str]], many: list[Counter[str]], unpadded: list[Counter[str]]) -> None:
-    """Four layers more cost three writes each and nothing else; padding costs the same for any number of layers."""
+    """Four layers more cost three operations each; padding costs the same for any number of layers."""
     for two_layers, six_layers, expected in zip(few, many, unpadded, strict=True):
         per_layer = six_layers - two_layers
-        assert per_layer.keys() <= WRITES
+        assert per_layer.keys() <= WRITES | {"cat"}
         assert per_layer.total() <= 3 * 4
         assert six_layers.total() <= expected.total() + COST_OF_PADDING
 
 
-NEVER_ENDS = "a row with fewer than S tokens when the window fills costs more for the rest of the stream"
-
-
-@pytest.mark.parametrize(
-    "shortest",
-    [pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=NEVER_ENDS)] if n < S else []) for n in range(1, W)],
-)
-def test_a_padded_step_does_three_writes_per_layer_however_short_a_row_is(shortest: int) -> None:
+@pytest.mark.parametrize("shortest", range(1, W))
+def test_a_padded_step_does_two_writes_per_layer_however_short_a_row_is(shortest: int) -> None:
     """From the step that evicts first on, or the one after which all sinks of the shortest row have come."""
     first = 1 + max(S - shortest, 0)
     few, many, unpadded = steps(2, shortest), steps(6, shortest), steps(6, W - 1)
@@ -87,13 +81,13 @@ def test_a_padded_step_does_three_writes_per_layer_however_short_a_row_is(shorte
 
 
 @pytest.mark.parametrize("shortest", range(1, W))
-def test_a_padded_step_does_four_writes_per_layer_while_sinks_still_come(shortest: int) -> None:
+def test_a_padded_step_does_three_writes_per_layer_while_sinks_still_come(shortest: int) -> None:
     """The sinks of the shortest row are stored a second time, without rotation, when the longest row evicts already."""
     for names in steps(6, shortest)[: S + 1]:
-        assert sum(names[write] for write in WRITES) <= 4 * 6
+        assert sum(names[write] for write in WRITES) <= 3 * 6
 
 
-def test_an_unpadded_step_does_three_writes_per_layer_at_any_age() -> None:
+def test_an_unpadded_step_does_two_writes_per_layer_at_any_age() -> None:
     few, many = steps(2, W - 1), steps(6, W - 1)
     check_steps(few, many, many)
 

@@ -370,6 +370,11 @@ class SinkLayer(CacheLayerMixin):
             self.keys, self.values = selected(self.keys), selected(self.values)
             self.groups.policy.fix_address(self.keys, self.values)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("The rows of all layers belong together: call this method of the cache.")
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache
+
     def sink_layers(self) -> Iterator["SinkLayer"]:
         """Yield this layer, and a layer inside of it."""
         yield self

@@ -159,7 +159,7 @@ class Stream:
                 plan = self._begin_pass(plan, layer_idx, key_states, value_states)
             change = self._update_last if is_last else layer.update
             returned = self.run("update", layer_idx, 0, change, key_states, value_states, plan)
-        if is_last:
+        if is_last and not self.spec.positions.indexers:  # the last layer may still update its indexer
             self._plan = None
         return returned
 
