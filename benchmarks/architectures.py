@@ -250,8 +250,9 @@ def several_layers_error(model: Any) -> float:
     assert cache.kept_length == WINDOW_LENGTH
     for layer in cache.layers:
         assert not isinstance(layer, SinkLayer) or layer.get_seq_length() == WINDOW_LENGTH + 29
-    window: dict[str, int] = {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
-    assert torch.equal(sink_generate(model, ids, **window, **options), output), "sink_generate says something else"
+    options |= {"window_length": WINDOW_LENGTH, "num_sink_tokens": NUM_SINK_TOKENS}
+    generated: Any = sink_generate(model, ids, **options)
+    assert torch.equal(generated, output), "sink_generate says something else"
     return worst
 
 
