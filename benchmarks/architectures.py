@@ -280,7 +280,7 @@ def judge(model_type: str) -> dict[str, Any]:
 def shortened(reason: str) -> str:
     """What a refusal says after the model type and before the hint."""
     reason = re.sub(r"\s+", " ", reason)
-    return re.sub(r"^.*?model type '[^']*': ", "", reason).partition(" If its keys do turn")[0]
+    return re.sub(r"^.*?model type '[^']*': ", "", reason).partition(" If its keys do rotate")[0]
 
 
 class _OutOfTime(BaseException):

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from attention_sinks import SinkCache
+from attention_sinks import Rotation, SinkCache
+from attention_sinks.architecture.positions import derive_positions
 from attention_sinks.cache import HybridSinkLayer, IndexedSinkLayer, SinkLayer
-from attention_sinks.rope import Rotation, derive_positions
 
 from .models import CACHE, build_config, build_model, random_ids
 
@@ -46,7 +46,7 @@ def states_of(tokens: list[int], batch_size: int = 1, dtype: torch.dtype = torch
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(batch_size, HEADS, 1, HEAD_DIM, generator=generator).to(dtype)
     assert ROTATION is not None
-    keys = torch.cat([ROTATION.turned(base, token) for token in tokens], dim=2)
+    keys = torch.cat([ROTATION.rotate(base, token) for token in tokens], dim=2)
     rows = 1000.0 * torch.arange(batch_size)[:, None, None, None]
     values = (rows + torch.tensor(tokens)[:, None]).expand(batch_size, HEADS, len(tokens), HEAD_DIM)
     return keys, values.to(dtype)
@@ -212,14 +212,14 @@ def test_copies_and_resets_are_independent(window: tuple[int, int], stream: list
 def test_cos_and_sin_of_a_step_are_computed_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = SinkCache(build_config("llama", num_hidden_layers=6), 8, 2)
     shifts: list[int] = []
-    phase = Rotation.phase
+    phase = Rotation.cos_sin
 
     def counted(self: Rotation, shift: int, dtype: torch.dtype) -> Tensor:
         shifts.append(shift)
         return phase(self, shift, dtype)
 
     states = [states_of([0]), states_of([0, 1, 2])]
-    monkeypatch.setattr(Rotation, "phase", counted)
+    monkeypatch.setattr(Rotation, "cos_sin", counted)
     for keys, values in states * 5:
         for layer_idx in range(len(cache)):
             cache.update(keys, values, layer_idx)
@@ -262,16 +262,16 @@ def test_the_error_of_half_precision_does_not_grow_with_the_age_of_the_stream(dt
     cache = SinkCache(config, window_length, num_sink_tokens)
     errors = []
     for token in range(len(born)):
-        key = rotation.turned(born[token], token).to(dtype)[None, None, None]
+        key = rotation.rotate(born[token], token).to(dtype)[None, None, None]
         keys, _ = cache.update(key, key, 0)
         if token % 10 == 9:
             shift = max(token + 1 - window_length, 0)
             held = [*range(num_sink_tokens), *range(num_sink_tokens + shift, token + 1)]
             places = torch.tensor([t + shift if t < num_sink_tokens else t for t in held])
-            exact = torch.stack([rotation.turned(born[t], int(p)) for t, p in zip(held, places, strict=True)])
+            exact = torch.stack([rotation.rotate(born[t], int(p)) for t, p in zip(held, places, strict=True)])
             ring = window_length - num_sink_tokens
             slots = [t if t < num_sink_tokens else num_sink_tokens + (t - num_sink_tokens) % ring for t in held]
-            turned_query = rotation.turned(query, token)
+            turned_query = rotation.rotate(query, token)
             scores = keys[0, 0, slots].double() @ turned_query
             errors.append(float((scores - exact @ turned_query).abs().max()))
     early, late = errors[:100], errors[-100:]

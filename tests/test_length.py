@@ -56,7 +56,7 @@ def age(cache: SinkCache, offset: int, wound_back: bool) -> int:
     for ring in cache._rings():
         if not wound_back and ring.rotation is not None:
             slots = ring.turning(ring.keys, ring.values)
-            slots[:, :, S:] = ring.rotation.turned(slots[:, :, S:], older)
+            slots[:, :, S:] = ring.rotation.rotate(slots[:, :, S:], older)
         ring.seen += older
     if wound_back:
         cache.rows.set_base(cache.rows.base + older)

@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from attention_sinks.rope import LAST_POSITION, Rotation, derive_positions
+from attention_sinks import Rotation
+from attention_sinks.architecture.positions import LAST_POSITION, derive_positions
 
 from .models import ARCHITECTURES, build_config
 
@@ -43,7 +44,7 @@ WHOLE_KEYS = [name for name in ARCHITECTURES if name not in ("phi", "gptj", "dee
 
 @pytest.mark.parametrize("architecture", WHOLE_KEYS)
 @pytest.mark.parametrize("head_dim", [16, 128])
-def test_turning_equals_the_rotation_of_the_models_own_module(architecture: str, head_dim: int) -> None:
+def test_rotating_equals_the_rotation_of_the_models_own_module(architecture: str, head_dim: int) -> None:
     config = build_config(architecture, num_hidden_layers=1, hidden_size=4 * head_dim, head_dim=head_dim)
     (rotation,) = derive_positions(config, [0]).rotations.values()
     assert rotation is not None
@@ -51,7 +52,7 @@ def test_turning_equals_the_rotation_of_the_models_own_module(architecture: str,
     born = real_rotation(config, key, 3)
     for shift in (0, 1, 5, 300):
         torch.testing.assert_close(
-            rotation.turned(born, shift), real_rotation(config, key, 3 + shift), rtol=0, atol=1e-4
+            rotation.rotate(born, shift), real_rotation(config, key, 3 + shift), rtol=0, atol=1e-4
         )
 
 
@@ -91,17 +92,17 @@ def test_layers_without_position_have_no_rotation() -> None:
     num_pairs=st.integers(1, 8), tail=st.integers(0, 5), start=st.integers(0, 3), interleaved=st.booleans(),
     shifts=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_turns_add_up_and_keep_lengths(
+def test_rotations_add_up_and_keep_lengths(
     num_pairs: int, tail: int, start: int, interleaved: bool, shifts: tuple[int, int], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     rotation = Rotation(torch.rand(num_pairs, generator=generator), start, interleaved)
     keys = torch.randn(2, 3, start + 2 * num_pairs + tail, generator=generator, dtype=torch.float64)
-    turned = rotation.turned(keys, sum(shifts))
-    torch.testing.assert_close(rotation.turned(rotation.turned(keys, shifts[0]), shifts[1]), turned)
-    torch.testing.assert_close(turned.norm(dim=-1), keys.norm(dim=-1))
+    rotated = rotation.rotate(keys, sum(shifts))
+    torch.testing.assert_close(rotation.rotate(rotation.rotate(keys, shifts[0]), shifts[1]), rotated)
+    torch.testing.assert_close(rotated.norm(dim=-1), keys.norm(dim=-1))
     still = [*range(start), *range(start + 2 * num_pairs, keys.shape[-1])]
-    assert torch.equal(turned[..., still], keys[..., still])
+    assert torch.equal(rotated[..., still], keys[..., still])
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,8 @@ def test_queries_that_are_scaled_by_the_number_of_tokens_seen_limit_it() -> None
 
 
 def test_attention_biased_by_the_order_of_the_tokens_asks_for_that_order() -> None:
-    assert derive_positions(MptConfig(n_layers=2), [0, 1]).in_order
-    assert not derive_positions(build_config("llama", num_hidden_layers=2), [0, 1]).in_order
+    assert derive_positions(MptConfig(n_layers=2), [0, 1]).needs_temporal_order
+    assert not derive_positions(build_config("llama", num_hidden_layers=2), [0, 1]).needs_temporal_order
 
 
 def test_layer_types_with_similar_frequencies_are_told_apart() -> None:

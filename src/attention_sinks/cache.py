@@ -35,8 +35,9 @@ except ImportError:  # early transformers 5 has no such layers
     LinearAttentionAndSlidingWindowAttentionLayer = _Absent  # type: ignore[misc,assignment]
 
 from . import files
+from .architecture.positions import LAST_POSITION, Positions, derive_positions
 from .compat import PassWatch
-from .rope import LAST_POSITION, Positions, Rotation, derive_positions
+from .rope import Rotation
 from .rows import Group, Rows, put, take
 
 _T = TypeVar("_T")
@@ -153,13 +154,13 @@ class SinkCache(Cache):
         self._sliding_window = min(getattr(layers[i], "sliding_window", torch.inf) for i in ring_layers)
         # Where positions end the model must be asked at every step whether they have. Flash attention is given no mask
         # that would hide empty slots.
-        compiles = positions.limit >= LAST_POSITION and not positions.in_order
+        compiles = positions.limit >= LAST_POSITION and not positions.needs_temporal_order
         compiles &= config._attn_implementation in (None, "eager", "sdpa", "flex_attention")
         for i, layer in enumerate(layers):
             plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
             compiles &= plain if i in ring_layers else layer.is_compileable
         # An indexer that pools the keys of neighbours is given positions that know no padding.
-        self._masked = positions.masked and not (positions.indexers and positions.in_order)
+        self._masked = positions.masked and not (positions.indexers and positions.needs_temporal_order)
         self._config = config
         self._model_type = config.model_type
         # Chunked layers keep their class, and tokens for longer than a ring.
@@ -168,7 +169,7 @@ class SinkCache(Cache):
         self.rows = Rows(window_length, num_sink_tokens, compiles, sliding, max(window_length, *windows, 1))
         self.rows.restart(self._checked_pads(attention_mask))
         for i in ring_layers:
-            ring = self.rows, positions.rotations[i], positions.in_order
+            ring = self.rows, positions.rotations[i], positions.needs_temporal_order
             if isinstance(layers[i], LinearAttentionLayer):
                 layers[i] = HybridSinkLayer(*ring, number_of_states=layers[i].number_of_states)
             elif isinstance(layers[i], DynamicIndexedLayer):
@@ -961,7 +962,7 @@ class SinkLayer(CacheLayerMixin):
         sinks = slots[:, :, :num_sinks]
         turns = self.rotation is not None and shift > 0 and slots is self.turning(self.keys, self.values)
         if self.rotation is not None and turns:
-            turned = self.rotation.turned_by(self.rows.phase(self.rotation, shift, self.sinks), self.sinks)
+            turned = self.rotation.rotate_by(self.rows.phase(self.rotation, shift, self.sinks), self.sinks)
             sinks = turned.to(slots.dtype)
         if self.rows.pads is not None:
             if turns:
@@ -998,7 +999,7 @@ class SinkLayer(CacheLayerMixin):
             if self.rotation is not None and slots is self.turning(self.keys, self.values):
                 phase = self.rows.windowed_phase(self.rotation, seen, query_length, self.sinks)
                 each = self.sinks[:, :, None].expand(-1, -1, query_length, -1, -1)
-                sinks = self.rotation.turned_by(phase, each).to(slots.dtype)
+                sinks = self.rotation.rotate_by(phase, each).to(slots.dtype)
             else:
                 sinks = take(slots, self.rows.sink_slots(slots.device))[:, :, None].expand(-1, -1, query_length, -1, -1)
             copies.append(sinks.flatten(2, 3))
@@ -1033,7 +1034,7 @@ class SinkLayer(CacheLayerMixin):
             slots = self.turning(self.keys, self.values)
             for slot in slots.split(1024, dim=2):  # in pieces, for the memory that float32 takes
                 cos, sin = self.rows.phase(self.rotation, shift, self.sinks)
-                slot.copy_(self.rotation.turned_by(torch.stack([cos, -sin]), slot))
+                slot.copy_(self.rotation.rotate_by(torch.stack([cos, -sin]), slot))
 
     def order_slots(self) -> None:
         """Put the kept tokens into the first slots, in order, as before anything is evicted."""

@@ -184,7 +184,7 @@ class Rows:
         there = self._once(("rotation", rotation, on), lambda: rotation.to(on))
         return self._once(
             (*key, rotation, device, states.dtype, self.base),
-            lambda: there.phase(shift(on), states.dtype).to(device),
+            lambda: there.cos_sin(shift(on), states.dtype).to(device),
         )
 
     def _once(self, key: Any, compute: Callable[[], _T]) -> _T:
@@ -360,15 +360,15 @@ class Group:
         if rotation is None:
             return
         pads = rows.pads_on(rotation.inv_freq.device)
-        phase = rotation.phase(turns(shift, base, pads), self.rings[0].sinks.dtype).to(self._device)
+        phase = rotation.cos_sin(turns(shift, base, pads), self.rings[0].sinks.dtype).to(self._device)
         if compiling:
             slots = [ring.turning(ring.keys, ring.values) for ring in self.rings]
-            turned = [rotation.turned_by(phase, ring.sinks).to(ring.keys.dtype) for ring in self.rings]
+            turned = [rotation.rotate_by(phase, ring.sinks).to(ring.keys.dtype) for ring in self.rings]
         else:
             if self._sinks is None:
                 self._gather()
             slots, dtype = self._turning, self._turning[0].dtype
-            turned = list(rotation.turned_by(phase, self._sinks).to(dtype).unbind())
+            turned = list(rotation.rotate_by(phase, self._sinks).to(dtype).unbind())
         index = rows.sink_slots(self._device)
         for ring_slots, sinks in zip(slots, turned, strict=True):
             put(ring_slots, index, sinks)

@@ -1,0 +1,1 @@
+"""How a model tells positions apart, found out from its config alone."""
