@@ -25,8 +25,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from attention_sinks import SinkCache, sink_generate
-from attention_sinks.storage.layers import SinkLayer
 from attention_sinks.compat import cache_name
+from attention_sinks.storage.layers import SinkLayer
 
 WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
 CACHE = cache_name()  # name of the cache argument in the installed version of transformers

@@ -65,7 +65,10 @@ def test_bad_input_gives_one_line_and_exit_code_two(folder: Path, text: Path, tm
     for name in ("config.json", "model.safetensors"):
         (silent / name).symlink_to(folder / name)
     for arguments, message in [
-        (("info", refused), "does not support the model type 'gpt2': its cached states depend on absolute positions"),
+        (
+            ("info", refused),
+            "does not support the model type 'gpt2': its cached keys and values depend on absolute positions",
+        ),
         (("chat", "-m", silent), "has no chat template. Choose a model that was trained to chat"),
         (("chat", "-m", folder, "-w", 20, "--system", "Be a good boy. " * 9), "`system` must fit the window"),
         (("chat", "-m", "no-such-folder-here"), "no-such-folder-here"),

@@ -98,11 +98,11 @@ def test_rotations_add_up_and_keep_norms(
     generator = torch.Generator().manual_seed(seed)
     rotation = Rotation(torch.rand(num_pairs, generator=generator), start, interleaved)
     keys = torch.randn(2, 3, start + 2 * num_pairs + tail, generator=generator, dtype=torch.float64)
-    turned = rotation.rotate(keys, sum(shifts))
-    torch.testing.assert_close(rotation.rotate(rotation.rotate(keys, shifts[0]), shifts[1]), turned)
-    torch.testing.assert_close(turned.norm(dim=-1), keys.norm(dim=-1))
+    rotated = rotation.rotate(keys, sum(shifts))
+    torch.testing.assert_close(rotation.rotate(rotation.rotate(keys, shifts[0]), shifts[1]), rotated)
+    torch.testing.assert_close(rotated.norm(dim=-1), keys.norm(dim=-1))
     still = [*range(start), *range(start + 2 * num_pairs, keys.shape[-1])]
-    assert torch.equal(turned[..., still], keys[..., still])
+    assert torch.equal(rotated[..., still], keys[..., still])
 
 
 @pytest.mark.parametrize(

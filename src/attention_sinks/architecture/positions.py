@@ -152,7 +152,7 @@ class _ConfigKey:
 
 @lru_cache(maxsize=32)
 def _measure(key: _ConfigKey) -> _Measured | Refusal:
-    """Return what the first twin shows that explains every layer; otherwise, what the first twin that ran shows."""
+    """Return what a twin shows: the first one whose layers are all explained, or else the first one that runs."""
     config = key.config
     names = {*config.to_dict(), *config.attribute_map}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and "num_attention_heads" not in names:
@@ -168,7 +168,7 @@ def _measure(key: _ConfigKey) -> _Measured | Refusal:
                 except Exception as error:  # the code of a model may raise anything on sizes that it does not support
                     failures.append(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}"))
                     continue
-                if isinstance(measured, _Measured) and not _refused_layers(measured):
+                if isinstance(measured, _Measured) and _explains_all_layers(measured):
                     return measured
                 outcomes.append(measured)
             if outcomes:
@@ -182,8 +182,8 @@ def _shortest_length(config: PreTrainedConfig) -> int:
     return min([PROBE_LENGTH, *(int(length) for length in lengths if int(length) > 1)])
 
 
-def _refused_layers(measured: _Measured) -> list[int]:
-    return [i for i, rotation in measured.rotations.items() if isinstance(rotation, Refusal)]
+def _explains_all_layers(measured: _Measured) -> bool:
+    return not any(isinstance(rotation, Refusal) for rotation in measured.rotations.values())
 
 
 def _explain_failure(config: PreTrainedConfig, error: str) -> Refusal:

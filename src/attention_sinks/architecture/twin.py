@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -173,29 +173,32 @@ def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], Pr
     return Twin(model.eval())
 
 
-def find_model_class(config: PreTrainedConfig) -> Any:
+def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the causal language model of a config: the registered one, or that of the module beside the config.
 
     Raises:
         ImportError, TypeError: if there is none.
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     for model_class in vars(module).values():
         generates = isinstance(model_class, type) and issubclass(model_class, GenerationMixin)
         if generates and getattr(model_class, "config_class", None) is type(config):
-            return model_class
+            return cast(type[PreTrainedModel], model_class)
     raise TypeError(f"no model that generates is known for {type(config).__name__}")
 
 
-def names_cache(model_class: Any) -> bool:
-    """Return True if `forward` has an argument for a KV cache. Without one, other arguments may still pass it on."""
+def names_cache(model_class: type[PreTrainedModel]) -> bool:
+    """Return True if `forward` has an argument for a KV cache. If not, `**kwargs` may still hand it to the layers."""
     return not inspect.signature(model_class.forward).parameters.keys().isdisjoint(CACHE_NAMES)
 
 
 class OwnRandomness(TorchFunctionMode):
-    """Inside, random numbers come from generators of its own: the global ones are neither used nor changed."""
+    """A context in which random numbers come from its own generators, never from the global ones.
+
+    It is local to a thread. Each context draws the same numbers.
+    """
 
     # By name: transformers replaces functions of `torch.nn.init` by its own.
     _DRAWS = frozenset({
@@ -215,14 +218,15 @@ class OwnRandomness(TorchFunctionMode):
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if (name in self._DRAWS or name in self._FILLS) and kwargs.get("generator") is None:
+            kwargs.pop("generator", None)
             generator = self._generator_for(args, kwargs)
             if name in self._FILLS:
                 like, *bounds = args
                 return self._FILLS[name](torch.empty_like(like, **kwargs), *bounds, generator=generator)
-            kwargs = {**kwargs, "generator": generator}
+            kwargs["generator"] = generator
         return func(*args, **kwargs)
 
     def _generator_for(self, args: Any, kwargs: Any) -> torch.Generator | None:
@@ -238,7 +242,7 @@ class OwnRandomness(TorchFunctionMode):
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of a config in which all is small that positions cannot depend on, apart from heads and width."""
+    """Return a copy of `config` with every size reduced that positions cannot depend on, except heads and width."""
     config = copy.deepcopy(config)
     for name, value in config.to_dict().items():
         if isinstance(value, dict):

@@ -14,6 +14,7 @@ from .layout import Layout, Once, compute, write_slots
 from .plan import UpdatePlan, WindowedPlan, num_evicted_after
 from .static import StaticPlan, replaced
 
+_ROWS = "The rows of all layers belong together: call this method of the cache, not of a layer."
 # The attributes that are saved, and their types.
 _ATTRIBUTES: dict[str, tuple[type, ...]] = {
     "is_initialized": (bool,),
@@ -371,9 +372,13 @@ class SinkLayer(CacheLayerMixin):
             self.groups.policy.fix_address(self.keys, self.values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("The rows of all layers belong together: call this method of the cache.")
+        raise NotImplementedError(_ROWS)
 
-    batch_repeat_interleave = batch_select_indices = reorder_cache
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError(_ROWS)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError(_ROWS)
 
     def sink_layers(self) -> Iterator["SinkLayer"]:
         """Yield this layer, and a layer inside of it."""
