@@ -176,26 +176,35 @@ class SinkLayer(CacheLayerMixin):
         return keys, values
 
     def _write_token(self, keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor, plan: Plan) -> None:
-        count, device = self.group.count, keys.device
-        slot = plan.slot_mapping(count) if isinstance(plan, StaticPlan) else plan.slot_mapping(device)
-        if self.rotation is not None and self.num_sink_tokens > 0 and (plan.stores_sinks or plan.rotates_sinks):
-            rotating, states = self.rotating(keys, values), self.rotating(key_states, value_states)
-            slots = plan.layout.sink_slots(slot.device)
-            sinks = self.group.rotated_sinks(plan, self._sinks_index)
-            if plan.stores_sinks:
-                # A row whose token is a sink has evicted nothing: its sinks are rotated by zero.
-                is_new = (slots == slot)[..., None, :, None]
-                self.sinks.copy_(torch.where(is_new, states.detach(), self.sinks))
-                sinks = torch.where(is_new, states, sinks)
-            # One write for the sinks and the token. Where both have the same slot they are equal.
-            write_slots(rotating, plan.with_sinks(slots, slot), torch.cat([sinks, states], dim=2))
-            if rotating is keys:
-                write_slots(values, slot, value_states)
-            else:
-                write_slots(keys, slot, key_states)
-        else:
+        if self.rotation is None or self.num_sink_tokens == 0 or not (plan.stores_sinks or plan.rotates_sinks):
+            slot = self._slot_of(plan)
             write_slots(keys, slot, key_states)
             write_slots(values, slot, value_states)
+            return
+        if isinstance(plan, StaticPlan):
+            slots = plan.sink_and_token_slots(self.group.count)
+        else:
+            slots = plan.sink_and_token_slots(keys.device)
+        slot = slots.narrow(-1, self.num_sink_tokens, 1)
+        rotating, states = self.rotating(keys, values), self.rotating(key_states, value_states)
+        sinks = self.group.rotated_sinks(plan, self._sinks_index)
+        if plan.stores_sinks:
+            # A row whose token is a sink has evicted nothing: its sinks are rotated by zero.
+            sink_slots = slots.narrow(-1, 0, self.num_sink_tokens)
+            is_new = plan.once(("new sinks", slot.device), lambda: sink_slots == slot)[..., None, :, None]
+            self.sinks.copy_(torch.where(is_new, states.detach(), self.sinks))
+            sinks = torch.where(is_new, states, sinks)
+        # One write for the sinks and the token. Where both have the same slot they are equal.
+        write_slots(rotating, slots, torch.cat([sinks, states], dim=2))
+        if rotating is keys:
+            write_slots(values, slot, value_states)
+        else:
+            write_slots(keys, slot, key_states)
+
+    def _slot_of(self, plan: Plan) -> Tensor:
+        if isinstance(plan, StaticPlan):
+            return plan.slot_mapping(self.group.count)
+        return plan.slot_mapping(self.keys.device)
 
     def _append(self, key_states: Tensor, value_states: Tensor, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
         """Return the kept tokens and the new ones, in order."""

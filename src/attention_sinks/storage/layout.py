@@ -62,9 +62,30 @@ class Layout:
         """Return the slot of the token after `seen` `[1]` tokens: `[1]`, or `[batch_size, 1]` with left padding."""
         return self._ring_slots(seen)
 
+    def token_slot(self, seen: int, device: torch.device) -> Tensor:
+        """Return the same after a number of tokens that Python knows."""
+        return torch.full((1,), self.slot(seen), device=device)
+
+    def sink_and_token_slots(self, seen: int, device: torch.device) -> Tensor:
+        """Return the slots of the sinks and of the token after `seen` ones, `[S + 1]` or `[batch_size, S + 1]`."""
+        if not self.has_all_sinks(seen):
+            sinks = self._kept("sink slots", device, lambda: self.sink_slots(device))
+            return torch.cat([sinks, self.token_slot(seen, device)], dim=-1)
+        return self._sinks_and_last(device).clamp(max=self.slot(seen))
+
+    def _sinks_and_last(self, device: torch.device) -> Tensor:
+        """Return 0, 1, ..., S - 1 and a number above all slots and tokens, to be lowered to one of them, `[S + 1]`."""
+
+        def function() -> Tensor:
+            numbers = torch.arange(self.num_sink_tokens + 1, device=device)
+            numbers[self.num_sink_tokens] = torch.iinfo(numbers.dtype).max
+            return numbers
+
+        return self._kept("sinks and last", device, function)
+
     def sink_slots(self, device: torch.device) -> Tensor:
         """Return the slots of the sinks, `[S]`, or `[batch_size, S]` with left padding."""
-        return self._kept("sink slots", device, lambda: torch.arange(self.num_sink_tokens, device=device))
+        return torch.arange(self.num_sink_tokens, device=device)
 
     def sinks(self, slots: Tensor) -> Tensor:
         """Return what lies in the slots of the sinks, `[batch_size, num_heads, S, head_dim]`."""
@@ -174,15 +195,24 @@ class PaddedLayout(Layout):
         return torch.where(slots < self.window_length - padding, padding + slots, self.window_length - 1 - slots)
 
     def next_slots(self, seen: Tensor) -> Tensor:
-        # A pad goes where the first token will.
-        return self._slots((seen - self.positions.padding_on(seen.device)[:, None]).clamp(min=0))
+        return self._slots(self._tokens(seen, seen.device))
+
+    def token_slot(self, seen: int, device: torch.device) -> Tensor:
+        return self._slots(self._tokens(seen, device))
+
+    def sink_and_token_slots(self, seen: int, device: torch.device) -> Tensor:
+        if not self.has_all_sinks(seen):
+            return super().sink_and_token_slots(seen, device)
+        return self._slots(torch.minimum(self._sinks_and_last(device), self._tokens(seen, device)))
+
+    def _tokens(self, seen: Any, device: torch.device) -> Tensor:
+        """Return which token of each row comes after `seen` ones, `[batch_size, 1]`; the first one for a pad."""
+        tokens: Tensor = (seen - self.positions.padding_on(device)[:, None]).clamp(min=0)
+        return tokens
 
     def sink_slots(self, device: torch.device) -> Tensor:
-        def function() -> Tensor:
-            tokens = torch.arange(self.num_sink_tokens, device=device)
-            return self._slots(tokens.expand(self.positions.num_rows, -1))
-
-        return self._kept("sink slots", device, function)
+        tokens = torch.arange(self.num_sink_tokens, device=device)
+        return self._slots(tokens.expand(self.positions.num_rows, -1))
 
     def sinks(self, slots: Tensor) -> Tensor:
         return read_slots(slots, self.sink_slots(slots.device))

@@ -94,14 +94,12 @@ class UpdatePlan:
 
     def slot_mapping(self, device: torch.device) -> Tensor:
         """Return the slot of the single new token, `[1]`, or `[batch_size, 1]` with left padding."""
-        return self.once(  # type: ignore[no-any-return]
-            ("slot", device), lambda: self.layout.next_slots(torch.full((1,), self.start, device=device))
-        )
+        return self.once(("slot", device), lambda: self.layout.token_slot(self.start, device))  # type: ignore[no-any-return]
 
-    def with_sinks(self, sink_slots: Tensor, slot: Tensor) -> Tensor:
-        """Return the slots of the sinks and of the new token, `[S + 1]` or `[batch_size, S + 1]`."""
+    def sink_and_token_slots(self, device: torch.device) -> Tensor:
+        """Return the slots of the sinks and of the single new token, `[S + 1]` or `[batch_size, S + 1]`."""
         return self.once(  # type: ignore[no-any-return]
-            ("with sinks", slot.device), lambda: torch.cat([sink_slots, slot], dim=-1)
+            ("slots", device), lambda: self.layout.sink_and_token_slots(self.start, device)
         )
 
     def cos_sin(self, rotation: Rotation, dtype: torch.dtype, device: torch.device) -> Tensor:

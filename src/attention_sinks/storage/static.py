@@ -1,5 +1,6 @@
 """One decode step in tensors, for `torch.compile` and CUDA graphs; and when a step is announced in this form."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,13 +54,17 @@ class StaticPlan:
         offset = seen + 1 - self.layout.window_length
         return offset.clamp(min=0) if isinstance(offset, Tensor) else max(offset, 0)
 
+    def once(self, _: object, function: Callable[[], Tensor]) -> Tensor:
+        """Return `function()`: the compiler sees what layers have in common."""
+        return function()
+
     def slot_mapping(self, count: Tensor) -> Tensor:
         """Return the slot of the new token, `[1]` or `[batch_size, 1]`; `count` includes it."""
         return self.layout.next_slots(count[None] - 1)
 
-    def with_sinks(self, sink_slots: Tensor, slot: Tensor) -> Tensor:
+    def sink_and_token_slots(self, count: Tensor) -> Tensor:
         """Return the slots of the sinks and of the new token, `[S + 1]` or `[batch_size, S + 1]`."""
-        return torch.cat([sink_slots, slot], dim=-1)
+        return torch.cat([self.layout.sink_slots(count.device), self.slot_mapping(count)], dim=-1)
 
     def shift(self, count: Tensor, offset: Tensor) -> Any:
         """Return by how many positions the sinks are rotated; `count` includes the new token."""

@@ -222,7 +222,7 @@ class Stream:
     @property
     def has_unread_steps(self) -> bool:
         """True outside of a compiled model if compiled steps have counted tokens that Python does not know of."""
-        return self.groups.is_stale and not self.policy.is_compiling
+        return not self.policy.is_compiling and self.groups.is_stale
 
     def check_like_sink_layers(self, layer: Any, key_states: Tensor) -> None:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
