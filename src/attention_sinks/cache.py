@@ -61,9 +61,10 @@ class StreamCache(Cache):
                 reaches the end of the positions, or if the first prompt is left-padded. Nothing is changed then.
             RuntimeError: if an earlier forward pass, or a change of the cache, was interrupted half-way.
         """
-        layer, stream = self.layers[layer_idx], self._stream
-        if isinstance(layer, SinkLayer):
+        stream = self._stream
+        if layer_idx in stream.sink_indices:
             return stream.update(layer_idx, key_states, value_states)
+        layer = self.layers[layer_idx]
         stream.check_like_sink_layers(layer, key_states)
         return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 

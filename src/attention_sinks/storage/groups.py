@@ -55,22 +55,39 @@ class SinkGroup:
 
     def rotated_sinks(self, plan: Plan, index: int) -> Tensor:
         """Return the sinks of a layer where they act in a pass, `[batch_size, num_heads, S, head_dim]`."""
-        assert self.rotation is not None
-        rotation, dtype = self.rotation, self._sinks[index].dtype
         if isinstance(plan, StaticPlan):  # the compiler sees what layers have in common
-            cos_sin = rotation.cos_sin(plan.shift(self.count, self.offset), dtype)
-            return rotation.rotate_by(cos_sin, self._sinks[index]).to(self.dtype)
+            assert self.rotation is not None
+            sinks = self._sinks[index]
+            cos_sin = self.rotation.cos_sin(plan.shift(self.count, self.offset), sinks.dtype)
+            return self.rotation.rotate_by(cos_sin, sinks).to(self.dtype)
+        return plan.once(self, self._rotate_all, plan)[index]
 
-        def of_all_layers() -> tuple[Tensor, ...]:
-            if self._stacked is None:
-                with torch.inference_mode(False):
-                    self._stacked = torch.stack(self._sinks)
-                    self._sinks = list(self._stacked.unbind())
-            rotated = rotation.rotate_by(plan.cos_sin(rotation, dtype, self.device), self._stacked)
-            return rotated.to(self.dtype).unbind()
+    def _rotate_all(self, plan: UpdatePlan) -> tuple[Tensor, ...]:
+        assert self.rotation is not None
+        if self._stacked is None:
+            with torch.inference_mode(False):
+                self._stacked = torch.stack(self._sinks)
+                self._sinks = list(self._stacked.unbind())
+        cos_sin = plan.cos_sin(self.rotation, self._stacked.dtype, self.device)
+        return self.rotation.rotate_by(cos_sin, self._stacked).to(self.dtype).unbind()
 
-        of_layer: Tensor = plan.once(("sinks", id(self)), of_all_layers)[index]
-        return of_layer
+    def step(self, plan: Plan, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a step writes to a layer beside the new token.
+
+        The slots of sinks and token, `[S + 1]` or `[batch_size, S + 1]`, the slot of the token alone, and the
+        sinks where they act, see `rotated_sinks`.
+        """
+        if isinstance(plan, StaticPlan):
+            return *plan.step_slots(self.count), self.rotated_sinks(plan, index)
+        slots, slot, sinks = plan.once((self, "step"), self._step, plan)
+        return slots, slot, sinks[index]
+
+    def _step(self, plan: UpdatePlan) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return *plan.step_slots(self.device), plan.once(self, self._rotate_all, plan)
+
+    def slot_mapping(self, plan: Plan) -> Tensor:
+        """Return the slot of the single new token of a pass."""
+        return plan.slot_mapping(self.count) if isinstance(plan, StaticPlan) else plan.slot_mapping(self.device)
 
 
 class SinkGroups:

@@ -27,14 +27,10 @@ class PassGuard:
 
     def restart(self) -> None:
         """Begin a new stream."""
-        # The parts of the last pass, in their order.
-        self._parts_done: dict[Part, None] = {}
+        self._layer_reached = self.last_layer
+        self._parts_done: set[Part] = set()
         # True while states are changed, and after something interrupted that.
         self._is_changing = False
-
-    @property
-    def _layer_reached(self) -> int:
-        return next(reversed(self._parts_done))[1] if self._parts_done else 0
 
     def run(self, part: Part, damage: Damage, change: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         """Change the states of a layer as a part of a pass. A ValueError is a refusal, which changes nothing.
@@ -49,7 +45,7 @@ class PassGuard:
         """
         if self._is_changing or part in self._parts_done or part[1] < self._layer_reached:
             self.check(damage)
-            self._parts_done = {}
+            self._parts_done.clear()
         # `changing` in a form that is cheap enough for every layer.
         self._is_changing = True
         try:
@@ -57,7 +53,8 @@ class PassGuard:
         except ValueError:
             self._is_changing = False
             raise
-        self._parts_done[part] = None
+        self._layer_reached = part[1]
+        self._parts_done.add(part)
         self._is_changing = False
         return changed
 
@@ -88,7 +85,7 @@ class PassGuard:
         """
         if self._is_changing:
             what: str | None = "while the states of a layer were changed"
-        elif self._parts_done and self._layer_reached != self.last_layer:
+        elif self._layer_reached != self.last_layer:
             what = f"between layer {self._layer_reached} and layer {self.last_layer}"
         else:
             what = damage(self._parts_done)

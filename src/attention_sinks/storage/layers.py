@@ -59,6 +59,8 @@ class SinkLayer(CacheLayerMixin):
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self.rotation = rotation
+        self._rotates_values = rotation is not None and rotation.in_values
+        self._moves_sinks = rotation is not None and num_sink_tokens > 0
         self.groups = groups
         self._drop_states()
 
@@ -147,7 +149,7 @@ class SinkLayer(CacheLayerMixin):
 
     def rotating(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Return those of the two that carry the position."""
-        return value_states if self.rotation is not None and self.rotation.in_values else key_states
+        return value_states if self._rotates_values else key_states
 
     def update(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Store the states of new tokens and return all that their queries attend to, see `SinkCache.update`."""
@@ -156,7 +158,8 @@ class SinkLayer(CacheLayerMixin):
         self._check_states(key_states, value_states)
         if isinstance(plan, StaticPlan):
             return self._overwrite_oldest(key_states, value_states, plan)
-        self.flush_pending(plan.layout, plan.once)
+        if self.pending is not None:
+            self.flush_pending(plan.layout, plan.once)
         if isinstance(plan, WindowedPlan):
             return self._append_windowed(key_states, value_states, plan)
         if plan.overwrites and not self.record_past:
@@ -176,35 +179,24 @@ class SinkLayer(CacheLayerMixin):
         return keys, values
 
     def _write_token(self, keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor, plan: Plan) -> None:
-        if self.rotation is None or self.num_sink_tokens == 0 or not (plan.stores_sinks or plan.rotates_sinks):
-            slot = self._slot_of(plan)
+        if not (self._moves_sinks and (plan.rotates_sinks or plan.stores_sinks)):
+            slot = self.group.slot_mapping(plan)
             write_slots(keys, slot, key_states)
             write_slots(values, slot, value_states)
             return
-        if isinstance(plan, StaticPlan):
-            slots = plan.sink_and_token_slots(self.group.count)
-        else:
-            slots = plan.sink_and_token_slots(keys.device)
-        slot = slots.narrow(-1, self.num_sink_tokens, 1)
-        rotating, states = self.rotating(keys, values), self.rotating(key_states, value_states)
-        sinks = self.group.rotated_sinks(plan, self._sinks_index)
+        (rotating, states), (still, still_states) = (keys, key_states), (values, value_states)
+        if self._rotates_values:
+            rotating, states, still, still_states = still, still_states, rotating, states
+        slots, slot, sinks = self.group.step(plan, self._sinks_index)
         if plan.stores_sinks:
             # A row whose token is a sink has evicted nothing: its sinks are rotated by zero.
-            sink_slots = slots.narrow(-1, 0, self.num_sink_tokens)
-            is_new = plan.once(("new sinks", slot.device), lambda: sink_slots == slot)[..., None, :, None]
+            is_new = plan.once(("new sinks", slot.device), torch.eq, slots.narrow(-1, 0, self.num_sink_tokens), slot)
+            is_new = is_new[..., None, :, None]
             self.sinks.copy_(torch.where(is_new, states.detach(), self.sinks))
             sinks = torch.where(is_new, states, sinks)
         # One write for the sinks and the token. Where both have the same slot they are equal.
         write_slots(rotating, slots, torch.cat([sinks, states], dim=2))
-        if rotating is keys:
-            write_slots(values, slot, value_states)
-        else:
-            write_slots(keys, slot, key_states)
-
-    def _slot_of(self, plan: Plan) -> Tensor:
-        if isinstance(plan, StaticPlan):
-            return plan.slot_mapping(self.group.count)
-        return plan.slot_mapping(self.keys.device)
+        write_slots(still, slot, still_states)
 
     def _append(self, key_states: Tensor, value_states: Tensor, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
         """Return the kept tokens and the new ones, in order."""
@@ -274,17 +266,26 @@ class SinkLayer(CacheLayerMixin):
         """Check that new states are like those that are stored."""
         keys, values = self.keys, self.values
         new_keys, new_values = key_states.shape, value_states.shape
+        # What follows, in a form that is cheap enough for every layer and step.
+        if (
+            new_keys[2] == new_values[2]
+            and (new_keys[0], new_keys[1], new_keys[3]) == _heads(keys)
+            and (new_values[0], new_values[1], new_values[3]) == _heads(values)
+            and key_states.dtype is keys.dtype
+            and value_states.dtype is values.dtype
+            and key_states.device == keys.device == value_states.device
+        ):
+            return
         if (new_keys[0], new_keys[2]) != (new_values[0], new_values[2]):
             raise ValueError(
                 "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
                 f"{[*new_keys]} and {[*new_values]}."
             )
         for name, states, slots in (("key_states", key_states, keys), ("value_states", value_states, values)):
-            shape, stored = states.shape, slots.shape
-            if shape[0] != stored[0] or shape[1] != stored[1] or shape[3] != stored[3]:
+            if _heads(states) != _heads(slots):
                 raise ValueError(
-                    f"`{name}` must keep batch size, heads and head dimension, {[*stored[:2], stored[3]]}, got the "
-                    f"shape {[*shape]}. Call `reset()`, or use a new cache, for another batch."
+                    f"`{name}` must keep batch size, heads and head dimension, {[*_heads(slots)]}, got the shape "
+                    f"{[*states.shape]}. Call `reset()`, or use a new cache, for another batch."
                 )
             if states.dtype != slots.dtype or states.device != slots.device:
                 raise ValueError(
@@ -418,6 +419,12 @@ class SinkLayer(CacheLayerMixin):
         if self.is_initialized:
             sinks = state["sinks"] if self.rotation is not None else self.keys[:, :, : self.num_sink_tokens]
             self._join_group(placed(sinks, state["device"], device))
+
+
+def _heads(states: Tensor) -> tuple[int, int, int]:
+    """Return batch size, number of heads and head dimension."""
+    batch_size, num_heads, _, head_dim = states.shape
+    return batch_size, num_heads, head_dim
 
 
 def _empty_slots(states: Tensor, window_length: int) -> Tensor:

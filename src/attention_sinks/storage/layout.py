@@ -13,13 +13,13 @@ from torch import Tensor
 from .positions import PaddedTokenPositions, TokenPositions
 
 _T = TypeVar("_T")
-# Return the value for a key, computed once per forward pass. The plan of the pass provides it.
-Once = Callable[[Hashable, Callable[[], Any]], Any]
+# Call a function, given after a key, once per forward pass for each key. The plan of the pass provides it.
+Once = Callable[..., Any]
 
 
-def compute(_: Hashable, function: Callable[[], _T]) -> _T:
+def compute(_: Hashable, function: Callable[..., _T], *arguments: Any) -> _T:
     """An `Once` that remembers nothing, for changes outside of a forward pass."""
-    return function()
+    return function(*arguments)
 
 
 class Layout:
@@ -256,7 +256,7 @@ class PaddedLayout(Layout):
         """
         query_length, length, device = states.shape[2], stored.shape[2], states.device
         key = ("sources", seen, query_length, length, device)
-        is_new, source = once(key, lambda: self._sources(seen, query_length, length, device))
+        is_new, source = once(key, self._sources, seen, query_length, length, device)
         stored.copy_(torch.where(is_new[:, None, :, None], read_slots(states, source), stored))
 
     def _sources(self, seen: int, query_length: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,15 @@ ones; what it computes on demand is remembered as long as it lives.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..rope import Rotation
 from .layout import Layout, num_recent_in_window
+
+_T = TypeVar("_T")
 
 
 def num_evicted_after(seen: int, window_length: int, num_evicted: int) -> int:
@@ -35,6 +37,8 @@ class UpdatePlan:
         evicted: number of evicted tokens when the first query looks, which is the shift of the sinks.
         kv_length, kv_offset: what `get_mask_sizes` announces and `update` returns.
         overwrites: True if the pass writes one token over the oldest one and returns the slots as they lie.
+        stores_sinks: True if the new tokens may be sinks of some row.
+        rotates_sinks: True if the sinks do not act where they were fed.
     """
 
     is_static = False
@@ -60,6 +64,8 @@ class UpdatePlan:
         self.kv_length, self.kv_offset = start + query_length - self.evicted, self.evicted
         if all_slots:
             self.kv_length, self.kv_offset = layout.window_length, max(full, 0)
+        self.stores_sinks = not layout.has_all_sinks(start)
+        self.rotates_sinks = self.evicted > 0
         self._memo: dict[Hashable, Any] = {}
 
     @property
@@ -72,43 +78,36 @@ class UpdatePlan:
         """True if nothing is evicted by the end of the pass, so that the slots hold the tokens in order."""
         return self.end <= self.layout.window_length and self.evicted == 0
 
-    @property
-    def stores_sinks(self) -> bool:
-        """True if the new tokens may be sinks of some row."""
-        return not self.layout.has_all_sinks(self.start)
-
-    @property
-    def rotates_sinks(self) -> bool:
-        """True if sinks do not act where they were fed."""
-        return self.evicted > 0
-
     def fits(self, start: int, query_length: int) -> bool:
         """Return True if this is the plan for so many new tokens after `start` ones."""
         return (start, query_length) == (self.start, self.query_length)
 
-    def once(self, key: Hashable, function: Callable[[], Any]) -> Any:
-        """Return `function()`, computed once per pass for each key."""
-        if key not in self._memo:
-            self._memo[key] = function()
-        return self._memo[key]
+    def once(self, key: Hashable, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Return `function(*arguments)`, computed once per pass for each key."""
+        memo = self._memo
+        if key not in memo:
+            memo[key] = function(*arguments)
+        computed: _T = memo[key]
+        return computed
 
     def slot_mapping(self, device: torch.device) -> Tensor:
         """Return the slot of the single new token, `[1]`, or `[batch_size, 1]` with left padding."""
-        return self.once(("slot", device), lambda: self.layout.token_slot(self.start, device))  # type: ignore[no-any-return]
+        return self.once(("slot", device), self.layout.token_slot, self.start, device)
 
-    def sink_and_token_slots(self, device: torch.device) -> Tensor:
-        """Return the slots of the sinks and of the single new token, `[S + 1]` or `[batch_size, S + 1]`."""
-        return self.once(  # type: ignore[no-any-return]
-            ("slots", device), lambda: self.layout.sink_and_token_slots(self.start, device)
-        )
+    def step_slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the slots of sinks and new token, `[S + 1]` or `[batch_size, S + 1]`, and that of the token alone."""
+        return self.once(device, self._step_slots, device)
+
+    def _step_slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        slots = self.layout.sink_and_token_slots(self.start, device)
+        return slots, slots.narrow(-1, self.layout.num_sink_tokens, 1)
 
     def cos_sin(self, rotation: Rotation, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return what rotates the pristine sinks to where they act: `[2, ..., rotary_dim / 2]`, see `Rotation`."""
-        there = rotation.inv_freq.device
-        return self.once(  # type: ignore[no-any-return]
-            ("cos_sin", id(rotation), dtype, device),
-            lambda: rotation.cos_sin(self._shift(there), dtype).to(device),
-        )
+        return self.once((rotation, dtype, device), self._cos_sin, rotation, dtype, device)
+
+    def _cos_sin(self, rotation: Rotation, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return rotation.cos_sin(self._shift(rotation.inv_freq.device), dtype).to(device)
 
     def _shift(self, device: torch.device) -> Any:
         positions = self.layout.positions
@@ -161,5 +160,5 @@ class WindowedPlan(UpdatePlan):
             return torch.cat(parts, dim=2)
         like = parts[-1]
         shape = (*like.shape[:2], self.kv_length, like.shape[3])
-        buffer = self.once((name, shape, like.dtype, like.device), lambda: like.new_empty(shape))
+        buffer = self.once((name, shape, like.dtype, like.device), like.new_empty, shape)
         return torch.cat(parts, dim=2, out=buffer)

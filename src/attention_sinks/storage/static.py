@@ -54,17 +54,18 @@ class StaticPlan:
         offset = seen + 1 - self.layout.window_length
         return offset.clamp(min=0) if isinstance(offset, Tensor) else max(offset, 0)
 
-    def once(self, _: object, function: Callable[[], Tensor]) -> Tensor:
-        """Return `function()`: the compiler sees what layers have in common."""
-        return function()
+    def once(self, _: object, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Return `function(*arguments)`: the compiler sees what layers have in common."""
+        return function(*arguments)
 
     def slot_mapping(self, count: Tensor) -> Tensor:
         """Return the slot of the new token, `[1]` or `[batch_size, 1]`; `count` includes it."""
         return self.layout.next_slots(count[None] - 1)
 
-    def sink_and_token_slots(self, count: Tensor) -> Tensor:
-        """Return the slots of the sinks and of the new token, `[S + 1]` or `[batch_size, S + 1]`."""
-        return torch.cat([self.layout.sink_slots(count.device), self.slot_mapping(count)], dim=-1)
+    def step_slots(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slots of the sinks and the new token, `[S + 1]` or `[batch_size, S + 1]`, and its own slot."""
+        slot = self.slot_mapping(count)
+        return torch.cat([self.layout.sink_slots(count.device), slot], dim=-1), slot
 
     def shift(self, count: Tensor, offset: Tensor) -> Any:
         """Return by how many positions the sinks are rotated; `count` includes the new token."""

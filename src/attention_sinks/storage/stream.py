@@ -47,8 +47,12 @@ class Stream:
         self.policy = CompilePolicy(spec.supports_static)
         self.groups = SinkGroups(self.policy)
         self.layers = _build_layers(spec, self.groups)
-        self.first: SinkLayer = self.layers[spec.sink_layers[0]]
-        self.last: SinkLayer = self.layers[spec.sink_layers[-1]]
+        self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
+        self.first: SinkLayer = self.layers[self._first_idx]
+        self.last: SinkLayer = self.layers[self._last_idx]
+        self.sink_indices = frozenset(spec.sink_layers)
+        self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
+        self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
 
@@ -148,17 +152,25 @@ class Stream:
     def update(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Update a sink layer, see `SinkCache.update`."""
         layer: SinkLayer = self.layers[layer_idx]
-        plan = self.plan_for(layer, key_states.shape[2])
-        is_first, is_last = layer_idx == self.spec.sink_layers[0], layer_idx == self.spec.sink_layers[-1]
+        plan, query_length = self._plan, key_states.shape[2]
+        # What `plan_for` finds for the second layer of a pass and all that follow.
+        if plan.__class__ is not UpdatePlan or layer.pending is not None or not plan.fits(layer.seen, query_length):
+            plan = self.plan_for(layer, query_length)
+        is_first, is_last = layer_idx == self._first_idx, layer_idx == self._last_idx
         if isinstance(plan, StaticPlan):
             if is_first:
                 self._begin_compiled_step()
             returned = layer.update(key_states, value_states, plan)
         else:
-            if is_first or not layer.is_initialized:
-                plan = self._begin_pass(plan, layer_idx, key_states, value_states)
-            change = self._update_last if is_last else layer.update
-            returned = self.run("update", layer_idx, 0, change, key_states, value_states, plan)
+            if is_first:
+                self.watch.begin_pass(query_length)
+            if not layer.is_initialized or plan.start == 0:
+                plan = self._begin_stream(plan, layer_idx, key_states, value_states)
+            change, states = self._update_last if is_last else layer.update, (key_states, value_states)
+            if self.policy.is_compiling:
+                returned = change(*states, plan)
+            else:
+                returned = self._guard.run(("update", layer_idx, 0), self._damage, change, *states, plan)
         if is_last and not self.spec.positions.indexers:  # the last layer may still update its indexer
             self._plan = None
         return returned
@@ -168,12 +180,10 @@ class Stream:
         self.policy.expect_compiled_steps()
         self.groups.count_step()
 
-    def _begin_pass(self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor) -> UpdatePlan:
-        """Check what a pass brings before its first layer, or a layer that has no states yet, takes it."""
-        if layer_idx == self.spec.sink_layers[0]:
-            self.watch.begin_pass(plan.query_length)
-            if self._repeat_padding(key_states.shape[0]):
-                plan = self._plan = UpdatePlan(self.layout, plan.start, plan.query_length)
+    def _begin_stream(self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor) -> UpdatePlan:
+        """Check the first states of a stream before a layer takes them."""
+        if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
+            plan = self._plan = UpdatePlan(self.layout, plan.start, plan.query_length)
         # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
         told = plan.start > 0 or self.layout.positions.left_padding is not None
         if layer_idx == self.spec.first_rotating_layer and not told and starts_with_pads(key_states, value_states):
@@ -284,17 +294,12 @@ class Stream:
         has_one = isinstance(self.layers[last], LinearAttentionLayer)
         if has_one and with_recurrent_state and last not in with_recurrent_state:
             return f"in layer {last}"
-        lengths = {layer.get_seq_length() for layer in self._counting_layers()}
+        lengths = {layer.get_seq_length() for layer in self._counting_layers}
+        # Some layers share the indexer of another; their own one is never initialized.
+        lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
         if len(lengths) > 1:
             return f"between two layers: they have seen {' and '.join(map(str, sorted(lengths)))} tokens"
         return None
-
-    def _counting_layers(self) -> Iterator[CacheLayerMixin]:
-        for layer in (self.layers[i] for i in self.spec.text_layers):
-            if isinstance(layer, CacheLayerMixin):
-                yield layer
-            if isinstance(layer, IndexedSinkLayer) and layer.indexer.is_initialized:  # some share that of another
-                yield layer.indexer
 
     # --- the end of the positions
 
