@@ -80,6 +80,11 @@ def restore_layer(layer: Any, state: dict[str, Any], device: Device) -> None:
     else:
         # A new layer has no `dtype` and no `device` yet, and one without states is saved without them.
         fields, first = _fields_of(layer), {"dtype", "device"}
+        # Early transformers 5 cannot record the past.
+        if "record_past" in vars(layer):
+            state.setdefault("record_past", False)
+        elif state.get("record_past") is False:
+            del state["record_past"]
         fields = {name: fields[name] for name in fields if name in vars(layer) or (name in first and name in state)}
         state = checked(state, fields, f"a {type(layer).__name__}")
         saved_on = state.get("device")
