@@ -1,7 +1,7 @@
 """Files of format 1, which version 1.4 wrote, still load: what follows is bitwise what an unbroken stream gives.
 
-`tests/data` holds a file for each stream, written by version 1.4.0. States are small whole numbers, so that they are the
-same on every machine.
+`tests/data` holds a file for each stream, written by version 1.4.0. States are small whole numbers: the same on every
+machine.
 """
 
 from collections.abc import Callable

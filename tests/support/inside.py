@@ -24,12 +24,32 @@ from attention_sinks.compat import PassWatch
 from attention_sinks.files import FORMAT
 from attention_sinks.prefill import read_in_chunks
 from attention_sinks.session import Detokenizer
+from attention_sinks.storage.guard import PassGuard
 from attention_sinks.storage.layers import SinkLayer
+from attention_sinks.storage.layout import Layout, compute, layout_of, num_recent_in_window, write_slots
 from attention_sinks.storage.mixed import HybridSinkLayer, IndexedSinkLayer
-from attention_sinks.storage.plan import WindowedPlan
+from attention_sinks.storage.plan import UpdatePlan, WindowedPlan
+from attention_sinks.storage.positions import token_positions
+from attention_sinks.storage.static import StaticPlan
 
 __all__ = [
-    "FORMAT", "LAST_POSITION", "Detokenizer", "HybridSinkLayer", "IndexedSinkLayer", "SinkLayer", "derive_positions",
+    "FORMAT",
+    "LAST_POSITION",
+    "Detokenizer",
+    "HybridSinkLayer",
+    "IndexedSinkLayer",
+    "Layout",
+    "PassGuard",
+    "SinkLayer",
+    "StaticPlan",
+    "UpdatePlan",
+    "WindowedPlan",
+    "compute",
+    "derive_positions",
+    "layout_of",
+    "num_recent_in_window",
+    "token_positions",
+    "write_slots",
 ]  # fmt: skip
 
 # --- a cache
