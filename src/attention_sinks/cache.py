@@ -98,10 +98,10 @@ class StreamCache(Cache):
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         layer, stream = self.layers[layer_idx], self._stream
-        arguments: tuple[Any, ...] = (indexer_key_states,)
+        part = "update_indexer", layer_idx, 0
         if isinstance(layer, IndexedSinkLayer):
-            arguments = indexer_key_states, stream.plan_for(layer.indexer, indexer_key_states.shape[1])
-        return stream.run("update_indexer", layer_idx, 0, layer.update_indexer, *arguments)  # type: ignore[no-any-return]
+            return stream.run(*part, stream.update_indexer, layer, indexer_key_states)  # type: ignore[no-any-return]
+        return stream.run(*part, layer.update_indexer, indexer_key_states)  # type: ignore[no-any-return]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state of a convolution.

@@ -95,7 +95,7 @@ def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
     offset, text = 2**24 - 100, random_ids(40)
     cache, _ = stream(model)
     offset = age(cache, offset, rebased=False)
-    with pytest.warns(UserWarning, match="`sink_generate`, which winds positions back"):
+    with pytest.warns(UserWarning, match="`sink_generate`, which rebases positions"):
         feed(model, cache, text)
     output: Any = sink_generate(model, random_ids(1), past_key_values=cache, max_new_tokens=60, **OPTIONS)
     seen = torch.cat([random_ids(60).clamp(min=1)[:, :59], text, output.sequences], dim=1)

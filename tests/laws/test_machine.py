@@ -444,7 +444,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     def wind_back(self, compact: bool) -> None:
         wind_back = self.cache.compact if compact else self.cache.rebase
         if not self.stream.model.can_rebase:
-            with pytest.raises(NotImplementedError, match="cannot be wound back"):
+            with pytest.raises(NotImplementedError, match="cannot be rebased"):
                 wind_back()
             self.branch.check_unchanged()
         else:

@@ -39,7 +39,8 @@ def test_passes_through_all_layers_follow_each_other() -> None:
 def test_a_pass_that_stopped_is_noticed_by_the_next(reached: int) -> None:
     guard = PassGuard(3)
     run(guard, *range(reached + 1))
-    for call in (lambda: run(guard, 0), lambda: guard.check(whole)):
+    calls: list[Callable[[], None]] = [lambda: run(guard, 0), lambda: guard.check(whole)]
+    for call in calls:
         with pytest.raises(RuntimeError, match=f"interrupted between layer {reached} and layer 3.*`reset\\(\\)`"):
             call()
     guard.restart()

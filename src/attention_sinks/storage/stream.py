@@ -165,12 +165,14 @@ class Stream:
             if is_first:
                 self.watch.begin_pass(query_length)
             if not layer.is_initialized or plan.start == 0:
-                plan = self._begin_stream(plan, layer_idx, key_states, value_states)
-            change, states = self._update_last if is_last else layer.update, (key_states, value_states)
+                plan = self._check_first_states(plan, layer_idx, key_states, value_states)
+            is_plain = layer.pending is None and not is_last
+            change, states = layer.update if is_plain else self._update_edge, (key_states, value_states)
+            arguments = (*states, plan) if is_plain else (layer, *states, plan)
             if self.policy.is_compiling:
-                returned = change(*states, plan)
+                returned = change(*arguments)
             else:
-                returned = self._guard.run(("update", layer_idx, 0), self._damage, change, *states, plan)
+                returned = self._guard.run(("update", layer_idx, 0), self._damage, change, *arguments)
         if is_last and not self.spec.positions.indexers:  # the last layer may still update its indexer
             self._plan = None
         return returned
@@ -180,7 +182,9 @@ class Stream:
         self.policy.expect_compiled_steps()
         self.groups.count_step()
 
-    def _begin_stream(self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor) -> UpdatePlan:
+    def _check_first_states(
+        self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor
+    ) -> UpdatePlan:
         """Check the first states of a stream before a layer takes them."""
         if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
             plan = self._plan = UpdatePlan(self.layout, plan.start, plan.query_length)
@@ -208,12 +212,29 @@ class Stream:
         self.set_positions(self.layout.positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
         return True
 
-    def _update_last(self, key_states: Tensor, value_states: Tensor, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
-        """Update the last sink layer, and tell compiled steps how far the stream is."""
-        returned = self.last.update(key_states, value_states, plan)
-        self.policy.note_pass(plan.query_length)
-        self.tell_compiled_steps()
+    def _update_edge(
+        self, layer: SinkLayer, key_states: Tensor, value_states: Tensor, plan: UpdatePlan
+    ) -> tuple[Tensor, Tensor]:
+        """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
+        self.flush_pending(plan)
+        returned = layer.update(key_states, value_states, plan)
+        if layer is self.last:
+            self.policy.note_pass(plan.query_length)
+            self.tell_compiled_steps()
         return returned
+
+    def flush_pending(self, plan: UpdatePlan) -> None:
+        """Store what all layers recorded in the last pass: the sinks of all are rotated together."""
+        if self.first.pending is not None or any(indexer.pending is not None for indexer in self._indexers):
+            for layer in self.sink_layers():
+                layer.flush_pending(plan.layout, plan.once)
+
+    def update_indexer(self, layer: IndexedSinkLayer, indexer_key_states: Tensor) -> Tensor:
+        """Update the indexer of a layer, see `SinkCache.update_indexer`."""
+        plan = self.plan_for(layer.indexer, indexer_key_states.shape[1])
+        if isinstance(plan, UpdatePlan):
+            self.flush_pending(plan)
+        return layer.update_indexer(indexer_key_states, plan)
 
     def tell_compiled_steps(self) -> None:
         """Bring what compiled steps read up to date."""
