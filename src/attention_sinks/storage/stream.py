@@ -216,24 +216,24 @@ class Stream:
         self, layer: SinkLayer, key_states: Tensor, value_states: Tensor, plan: UpdatePlan
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
-        self.flush_pending(plan)
+        self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
         if layer is self.last:
             self.policy.note_pass(plan.query_length)
             self.tell_compiled_steps()
         return returned
 
-    def flush_pending(self, plan: UpdatePlan) -> None:
-        """Store what all layers recorded in the last pass: the sinks of all are rotated together."""
-        if self.first.pending is not None or any(indexer.pending is not None for indexer in self._indexers):
-            for layer in self.sink_layers():
-                layer.flush_pending(plan.layout, plan.once)
+    def _flush_pending(self, layer: SinkLayer, plan: UpdatePlan) -> None:
+        """Store what all layers recorded in the last pass, if `layer` did: the sinks of all are rotated together."""
+        if layer.pending is not None:
+            for each in self.sink_layers():
+                each.flush_pending(plan.layout, plan.once)
 
     def update_indexer(self, layer: IndexedSinkLayer, indexer_key_states: Tensor) -> Tensor:
         """Update the indexer of a layer, see `SinkCache.update_indexer`."""
         plan = self.plan_for(layer.indexer, indexer_key_states.shape[1])
         if isinstance(plan, UpdatePlan):
-            self.flush_pending(plan)
+            self._flush_pending(layer.indexer, plan)
         return layer.update_indexer(indexer_key_states, plan)
 
     def tell_compiled_steps(self) -> None:
