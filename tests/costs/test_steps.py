@@ -25,7 +25,8 @@ COST_OF_PADDING = 24
 def feed(cache: SinkCache, length: int, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> Operations:
     """Count what one forward pass does in the cache."""
     states = torch.randn(batch_size, 2, length, 16).to(dtype)
-    with Operations() as operations:
+    operations = Operations()
+    with operations:
         for layer_idx in range(len(cache)):
             cache.update(states, states, layer_idx)
     return operations

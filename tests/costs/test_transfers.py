@@ -1,4 +1,4 @@
-"""No step takes a tensor from one device to another."""
+"""No step moves a tensor from one device to another."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Streams of any length: the same logits, and the same work, after a billion tokens as after a hundred."""
+"""A stream gives the same logits and costs the same after a billion tokens as after a hundred."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ from ..support.tokenizer import byte_tokenizer, chat_model
 
 RING = W - S
 OFFSETS = [2**24 - 100, 2**25, 10**9]
-# Those of other pairings, of states that turn as values, and with layers that do not turn.
+# Interleaved and partial rotation, rotating values, and layers without position.
 NAMES = ["llama", "cohere", "phi", "deepseek_v3", "smollm3"]
 OPTIONS: dict[str, Any] = {
     "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True,
@@ -31,7 +31,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
-    """A cache that has seen all of some tokens but the last one, and these."""
+    """Random tokens, and a cache that has seen all of them but the last one."""
     ids = random_ids(60, batch_size=rows).clamp(min=1)
     cache = SinkCache(model.config, W, S)
     for _ in sink_prefill(model, ids[:, :-1], cache, 1):
@@ -67,7 +67,7 @@ def test_generation_after_any_number_of_tokens_equals_generation_after_a_few(
     young, old = outputs
     assert torch.equal(old.sequences, young.sequences)
     assert relative_error(torch.stack(old.logits), torch.stack(young.logits)) < 1e-3
-    assert sizes[1] == sizes[0], "no mask, no ids and no positions of all that was seen"
+    assert sizes[1] == sizes[0], "no mask, ids or positions for the whole stream"
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -90,7 +90,7 @@ def test_padded_rows_go_on_after_any_number_of_tokens(offset: int) -> None:
 
 
 def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
-    """A loop that came to 2^24 goes on in `sink_generate`: what its positions spoiled is gone a window later."""
+    """Near position 2^24 a custom loop stores inexact keys; `sink_generate` continues it and evicts them."""
     model = tiny_model("llama", num_hidden_layers=1)
     offset, text = 2**24 - 100, random_ids(40)
     cache, _ = stream(model)
@@ -107,7 +107,7 @@ def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
 
 
 def test_the_error_of_a_generated_stream_does_not_grow() -> None:
-    """Positions are wound back where float32 angles begin to be off, and not only where they end."""
+    """Positions are wound back before rounding of float32 angles changes logits, not only before they end."""
     model = tiny_model("llama", num_hidden_layers=1)
     cache, ids = stream(model)
     age(cache, 2**15 - 600, rebased=False)

@@ -1,4 +1,4 @@
-"""A stream that is resumed from a file is bitwise the one that never stopped."""
+"""A stream that is resumed from a file is bitwise equal to one that never stopped."""
 
 import copy
 import threading
@@ -31,7 +31,7 @@ def recorded(model: Any, cache: SinkCache) -> None:
 
 
 def go_on(model: Any, cache: SinkCache) -> list[Tensor]:
-    if RECORDS_PAST and cache.is_recording_past(0):  # early transformers 5 never does
+    if RECORDS_PAST and cache.is_recording_past(0):  # early transformers 5 does not record
         cache.crop(-2)
         cache.deactivate_past_recording()
     return read_random(model, cache, [1, 1, 3, 1, 20, *[1] * 15], seed=1)
@@ -137,7 +137,7 @@ def test_a_save_changes_nothing_and_a_loaded_cache_shares_nothing(tmp_path: Path
     cache.save(tmp_path / "stream")
     first = SinkCache.load(tmp_path / "stream", model.config)
     read_random(model, first, [7])
-    cache.save(tmp_path / "stream")  # over the file that `first` came from
+    cache.save(tmp_path / "stream")  # over the file that `first` was loaded from
     read_random(model, first, [7])
     for mine, others in zip(go_on(model, cache), go_on(model, untouched), strict=True):
         assert torch.equal(mine, others)
@@ -158,7 +158,7 @@ def test_a_rotation_given_as_argument_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_save_during_a_forward_pass_is_whole_or_refused(tmp_path: Path) -> None:
-    """Another thread feeds the cache all the time: no file may hold half of a pass."""
+    """Another thread updates the cache without a pause; no file holds half of a forward pass."""
     model = tiny_model("llama")
     cache, ended, path = SinkCache(model.config, W, S), threading.Event(), tmp_path / "stream"
     read_random(model, cache, [20])
@@ -203,7 +203,7 @@ def test_a_stream_loaded_in_inference_mode_continues_outside_of_it(tmp_path: Pat
 
 
 def test_a_deep_copy_and_a_loaded_file_give_the_same_logits(tmp_path: Path) -> None:
-    """A stream of chunks with a window for each token, continued from a deep copy and from a file."""
+    """A stream of windowed chunks is continued from a deep copy and from a file."""
     model = tiny_model("llama")
     cache = SinkCache(model.config, W, S)
     for _ in sink_prefill(model, random_ids(100), cache, 7):

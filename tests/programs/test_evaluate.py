@@ -1,4 +1,4 @@
-"""The figures of an evaluation, each against its definition."""
+"""The figures of an evaluation equal their definitions."""
 
 import csv
 import math

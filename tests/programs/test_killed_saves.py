@@ -1,4 +1,4 @@
-"""Whenever a save is killed, the file is whole: in processes that are killed for it."""
+"""A file is whole whenever a save is killed. Processes are started and killed for it."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.processes
 
 KILLED = '''
 import json, os, random, resource, signal, sys, time

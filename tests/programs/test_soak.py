@@ -1,9 +1,13 @@
-"""The short form of `python -m benchmarks.soak`: nothing grows along a stream, in a process of its own."""
+"""Nothing grows along a stream: the short form of `python -m benchmarks.soak`, in a process."""
 
 import csv
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.docs, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""Arguments that are refused: each error names the argument and its value, and a refused call changes nothing."""
+"""Bad arguments are refused: the error names the argument and its value, and a refused call changes nothing."""
 
 from typing import Any
 
@@ -31,7 +31,9 @@ from ..support.streams import NEW_STREAM, S, W, padded
         ({"config": T5Config()}, NotImplementedError, "'t5'.*encoder-decoder"),
     ],
 )
-def test_an_error_names_the_bad_argument_of_a_cache(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_an_error_names_the_bad_argument_of_a_cache(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         SinkCache(**{"config": CONFIG, **arguments})
 
@@ -125,7 +127,9 @@ def test_a_model_with_rounded_rotary_frequencies_is_refused() -> None:
         ({"input_ids": random_ids(3)}, ValueError, "`inputs` and `input_ids` must not both be given"),
     ],
 )
-def test_an_error_names_the_bad_argument_of_sink_generate(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_an_error_names_the_bad_argument_of_sink_generate(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         sink_generate(tiny_model("llama", num_hidden_layers=1), random_ids(5), **options)
 
@@ -142,7 +146,7 @@ def test_unannounced_padding_is_refused_and_nothing_is_stored() -> None:
     assert cache.get_seq_length() == 0
     assert not cache.is_initialized
     ids[1, :3] = ids[0, 0]
-    model.generate(ids, **{CACHE: cache}, max_new_tokens=5)  # the same word thrice is no padding
+    model.generate(ids, **{CACHE: cache}, max_new_tokens=5)  # a repeated word without a mask is no padding
 
 
 def test_the_error_about_unannounced_padding_names_the_remedy() -> None:
