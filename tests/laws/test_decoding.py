@@ -242,19 +242,16 @@ def test_assisted_decoding_below_the_window_gives_the_text_of_greedy_decoding(op
 @pytest.mark.parametrize("helper", ["prompt lookup", "draft model"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_rejected_candidates_leave_no_trace(helper: str, layers: int) -> None:
-    """Below the window the text is greedy's; past it the cache is what feeding the text token by token leaves.
+    """Past the window the cache is the one that single tokens leave.
 
-    In one layer that is exact. In two, the later tokens of a candidate saw a little more than their window.
+    In one layer that is exact. In two layers the later tokens of a candidate saw a little more than their window.
     """
     model = tiny_model("llama", num_hidden_layers=layers)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5}
     if helper == "draft model":
         options = {"assistant_model": copy.deepcopy(tiny_model("llama", num_hidden_layers=1))}
     ids = torch.tensor([[5, 6, 7] * 2])
-    greedy: Any = sink_generate(model, ids, max_new_tokens=8, **NEW_STREAM)
-    output: Any = sink_generate(model, ids, max_new_tokens=8, **NEW_STREAM, **options)
-    assert torch.equal(output.sequences, greedy.sequences)
-    output = sink_generate(model, ids, max_new_tokens=60, **NEW_STREAM, **options)
+    output: Any = sink_generate(model, ids, max_new_tokens=60, **NEW_STREAM, **options)
     cache = output[CACHE]
     assert cache.get_seq_length() == 65
     assert cache.kept_length == W

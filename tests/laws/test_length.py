@@ -1,6 +1,5 @@
 """A stream gives the same logits and costs the same after a billion tokens as after a hundred."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,22 +11,15 @@ from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
 from ..support.counting import Widest
 from ..support.inside import age, age_session, position_offset_of
 from ..support.models import CACHE, random_ids, relative_error, tiny_model
-from ..support.streams import S, W
+from ..support.streams import OPTIONS, S, W, by_token
 from ..support.tokenizer import byte_tokenizer, chat_model
 
 RING = W - S
 OFFSETS = [2**24 - 100, 2**25, 10**9]
 # Interleaved and partial rotation, rotating values, and layers without position.
 NAMES = ["llama", "cohere", "phi", "deepseek_v3", "smollm3"]
-OPTIONS: dict[str, Any] = {
-    "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True,
-}  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
@@ -37,11 +29,6 @@ def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
     for _ in sink_prefill(model, ids[:, :-1], cache, 1):
         pass
     return cache, ids
-
-
-def feed(model: Any, cache: SinkCache, ids: Tensor) -> None:
-    for token in ids.split(1, dim=1):
-        model(token, **{CACHE: cache})
 
 
 HOW: dict[str, dict[str, Any]] = {"": {}, "chunks": {"prefill_chunk_size": 5}, "beams": {"num_beams": 2}}
@@ -96,7 +83,7 @@ def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
     cache, _ = stream(model)
     offset = age(cache, offset, rebased=False)
     with pytest.warns(UserWarning, match="`sink_generate`, which winds positions back"):
-        feed(model, cache, text)
+        by_token(model, text, cache)
     output: Any = sink_generate(model, random_ids(1), past_key_values=cache, max_new_tokens=60, **OPTIONS)
     seen = torch.cat([random_ids(60).clamp(min=1)[:, :59], text, output.sequences], dim=1)
     for step, logits in enumerate(output.logits):
@@ -122,12 +109,12 @@ def test_the_error_of_a_generated_stream_does_not_grow() -> None:
     assert worst < 2e-4
 
 
-def generated(model: Any, cache: SinkCache, ids: Tensor) -> None:
+def generated(model: Any, ids: Tensor, cache: SinkCache) -> None:
     mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
     model.generate(ids[:, :1], attention_mask=mask, **{CACHE: cache}, max_new_tokens=200, eos_token_id=None)
 
 
-@pytest.mark.parametrize("run", [generated, feed])
+@pytest.mark.parametrize("run", [generated, by_token])
 def test_plain_generation_warns_and_stops_before_positions_end(run: Any) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     cache, _ = stream(model)
@@ -136,7 +123,7 @@ def test_plain_generation_warns_and_stops_before_positions_end(run: Any) -> None
         pytest.warns(UserWarning, match="roundings begin to show") as warned,
         pytest.raises(ValueError, match=f"`query_length` must be at most 0 after {2**24} tokens.*`sink_generate`"),
     ):
-        run(model, cache, random_ids(200))
+        run(model, random_ids(200), cache)
     assert len(warned) == 1
     assert cache.get_seq_length() == 2**24
 

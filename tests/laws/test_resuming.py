@@ -20,7 +20,6 @@ from ..support.versions import RECORDS_PAST
 
 NAMES = ["llama", "cohere", "gptj", "deepseek_v3", "smollm3", "mistral-sliding", "mpt", *MIXED, *sorted(LATER)]
 
-
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import attention_sinks
+import attention_sinks.files
 import attention_sinks.generate
 import attention_sinks.rows
 from attention_sinks import Rotation, SinkCache, SinkSession
@@ -180,6 +181,12 @@ def restoring_functions() -> set[CodeType]:
     """Context managers that restore a flag. Python cannot be interrupted on their lines that call nothing."""
     functions: list[Any] = [SinkCache.windows, SinkCache.lowers_positions, PassWatch.watching]
     return {function.__wrapped__.__code__ for function in functions}
+
+
+# --- files
+
+# The module that writes files, by a function `save_file`.
+FILES = attention_sinks.files
 
 
 # --- a session

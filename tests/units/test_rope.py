@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from attention_sinks.rope import LAST_POSITION, Rotation, derive_positions
+from attention_sinks import Rotation
 
+from ..support.inside import LAST_POSITION, derive_positions
 from ..support.models import ARCHITECTURES, build_config
 
 
