@@ -14,7 +14,8 @@ from ..support.models import CACHE, VOCAB_SIZE, build_config, build_model, rando
 from ..support.streams import S, W
 from ..support.versions import HAS_LATER_MODELS
 
-ARCHITECTURES = ["llama", "gpt_neox", "qwen3", "glm4", "deepseek_v3", "smollm3", "mistral-sliding"]
+MORE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt_neox", "qwen3", "glm4", "mistral-sliding")]
+ARCHITECTURES = ["llama", "deepseek_v3", "smollm3", *MORE]
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_generate_compiles_a_sink_cache_where_it_compiles_a_static_cache(name: s
 
 
 @pytest.mark.skipif(not HAS_LATER_MODELS, reason="early transformers 5 has no such layers")
-@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["lfm2", pytest.param("qwen3_next", marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("_as_on_cuda")
 def test_models_with_convolutions_and_linear_attention_are_compiled(name: str) -> None:
     model, ids, compiler = build_model(build_config(name)), random_ids(20), Compiler()
@@ -175,7 +176,7 @@ def test_compiled_generate_notices_the_position_limit() -> None:
     assert 0 < position_offset_of(cache) < 65 < cache.get_seq_length() + 1
 
 
-@pytest.mark.parametrize("prompt_length", [3, 40])
+@pytest.mark.parametrize("prompt_length", [3, pytest.param(40, marks=pytest.mark.exhaustive)])
 def test_layers_compiled_one_by_one_are_exact(prompt_length: int) -> None:
     """The mask is made in eager mode and does not hide empty slots."""
     model, eager = build("llama"), build("llama")
@@ -202,6 +203,7 @@ def test_a_rebase_does_not_cause_a_recompilation(monkeypatch: pytest.MonkeyPatch
     assert compiler.compiled == 1
 
 
+@pytest.mark.exhaustive
 def test_a_crop_and_compiled_steps_may_alternate() -> None:
     model = build("llama")
     step = compiled(model, Compiler())
@@ -238,6 +240,7 @@ def test_flash_attention_is_not_compiled_because_it_takes_no_mask() -> None:
         assert SinkCache(config, W, S).is_compileable == (implementation != "flash_attention_2")
 
 
+@pytest.mark.exhaustive
 def test_compiled_chunks_are_exact() -> None:
     model = build("llama")
     forward: Any = torch.compile(model, backend=Compiler())

@@ -15,7 +15,11 @@ from ..support.streams import OPTIONS, S, W, by_token
 from ..support.tokenizer import byte_tokenizer, chat_model
 
 RING = W - S
-OFFSETS = [2**24 - 100, 2**25, 10**9]
+OFFSETS = [
+    pytest.param(2**24 - 100, marks=pytest.mark.exhaustive),
+    pytest.param(2**25, marks=pytest.mark.exhaustive),
+    10**9,
+]
 # Interleaved and partial rotation, rotating values, and layers without position.
 NAMES = ["llama", "cohere", "phi", "deepseek_v3", "smollm3"]
 
@@ -114,7 +118,7 @@ def generated(model: Any, ids: Tensor, cache: SinkCache) -> None:
     model.generate(ids[:, :1], attention_mask=mask, **{CACHE: cache}, max_new_tokens=200, eos_token_id=None)
 
 
-@pytest.mark.parametrize("run", [generated, by_token])
+@pytest.mark.parametrize("run", [pytest.param(generated, marks=pytest.mark.exhaustive), by_token])
 def test_plain_generation_warns_and_stops_before_positions_end(run: Any) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     cache, _ = stream(model)

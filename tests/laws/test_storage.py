@@ -132,7 +132,7 @@ def test_an_empty_update_does_not_rotate_the_stored_sinks() -> None:
         check_update(cache, plain, length)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.exhaustive)])
 def test_the_error_of_half_precision_does_not_grow_with_the_age_of_the_stream(dtype: torch.dtype) -> None:
     """Scores are compared with exact ones in float64; repeated rotation of the same keys would add up errors."""
     window_length, num_sink_tokens, head_dim = 64, 4, 64
