@@ -94,6 +94,7 @@ def test_a_thousand_steps_past_the_window_are_compiled_once() -> None:
     assert cache.get_seq_length() == 2 * W + 1000
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised and ignored by torch
 def test_a_step_compiled_by_inductor_is_exact() -> None:
     model = build("llama")
@@ -176,7 +177,8 @@ def test_compiled_generate_notices_the_position_limit() -> None:
     assert 0 < position_offset_of(cache) < 65 < cache.get_seq_length() + 1
 
 
-@pytest.mark.parametrize("prompt_length", [3, pytest.param(40, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("prompt_length", [3, 40])
 def test_layers_compiled_one_by_one_are_exact(prompt_length: int) -> None:
     """The mask is made in eager mode and does not hide empty slots."""
     model, eager = build("llama"), build("llama")

@@ -29,7 +29,11 @@ ENDING: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", ENDING)
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 9}, {"num_beams": 2}], ids=["", "chunks", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefill_chunk_size": 9}, pytest.param({"num_beams": 2}, marks=pytest.mark.exhaustive)],
+    ids=["", "chunks", "beams"],
+)
 @pytest.mark.parametrize("lengths", [[10], [60], [4, 30, 70]], ids=["short", "long", "padded"])
 def test_sink_generate_winds_positions_back_before_they_end(
     name: str, options: dict[str, Any], lengths: list[int]
