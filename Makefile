@@ -7,9 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-# Two processes of one thread each are faster than one of two threads, which spin while they wait for each other. Tests of
-# one group share what is expensive to make, and so one process.
-PYTEST := -m pytest --numprocesses 2 --dist loadgroup
+# Two processes of one thread each are faster than one of two threads, which spin while they wait for each other. The tests
+# of a module run in the same process, so that they share what is expensive to make; tests/conftest.py sets the order.
+PYTEST := -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 PARALLEL := OMP_NUM_THREADS=1
 # The tests that run with other versions too; the pages and the benchmarks belong to the pinned versions.
 FAST := -m "not slow and not docs"

@@ -17,4 +17,5 @@ def no_grad() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first, so that no process is left alone with one of them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("exhaustive") is None)
+    longest = ("exhaustive", "slow", "processes")
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in longest))

@@ -23,7 +23,7 @@ from ..support.models import CACHE, build_config, build_model, relative_error
 from ..support.streams import S, W
 from ..support.tokenizer import byte_tokenizer
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("devices")]
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -120,7 +120,6 @@ def loaded() -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("real model")
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_runs(
     example: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

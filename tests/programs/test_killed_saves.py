@@ -57,7 +57,11 @@ def in_child(work):
 
 
 feed(300)
-cache.save(path)
+laps = []
+for _ in range(5):
+    begin = time.perf_counter()
+    cache.save(path)
+    laps.append(time.perf_counter() - begin)
 seen = check()
 generator = random.Random(0)
 
@@ -70,7 +74,7 @@ def save_on_and_on():
 survived = set()
 for _ in range(rounds):
     pid = in_child(save_on_and_on)
-    time.sleep(generator.uniform(0.0, 0.05))
+    time.sleep(generator.uniform(0.0, 4 * max(laps)))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     survived.add(check())
@@ -120,4 +124,4 @@ def test_a_file_is_whole_whenever_a_save_is_killed(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout)
-    assert result["different"] > 2, "saves must have ended, and begun, in between"
+    assert result["different"] > 2, "some saves end before the process is killed"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("package")]
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())

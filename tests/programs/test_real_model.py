@@ -22,7 +22,7 @@ from ..support.inside import ids_of
 from ..support.models import CACHE
 from ..support.reference import StreamingLlama
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real model")]
+pytestmark = pytest.mark.slow
 GGUF = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 WINDOW_LENGTH = 128
 NUM_TOKENS = 640
