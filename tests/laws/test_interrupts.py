@@ -103,14 +103,14 @@ def check_everywhere(model: Any, cache: SinkCache, change: Change) -> tuple[int,
     done, undone = copy.deepcopy(cache), copy.deepcopy(cache)
     change(model, done)
     expected = [continued(model, each) for each in (undone, done)]
-    went_on = refused = at = 0
+    exact = refused = at = 0
     while True:
         at += 1
         broken = copy.deepcopy(cache)
         with Interrupt(at) as interrupt:
             change(model, broken)
         if interrupt.lines < at:
-            return went_on, refused
+            return exact, refused
         try:
             logits = continued(model, broken)
         except RuntimeError as error:
@@ -123,7 +123,7 @@ def check_everywhere(model: Any, cache: SinkCache, change: Change) -> tuple[int,
             max(relative_error(mine, others) for mine, others in zip(logits, each, strict=True)) for each in expected
         ]
         assert min(errors) < 1e-5, f"at {interrupt.where}: {errors}"
-        went_on += 1
+        exact += 1
 
 
 HYBRIDS = sorted(LATER.keys() - {"lfm2"})
@@ -146,8 +146,8 @@ def test_a_forward_pass_interrupted_at_any_line_is_exact_or_noticed(name: str, s
     cache = started(model, STREAMS[stream])
     if "window for each" in change and not cache.can_window:
         pytest.skip("its masks cannot be replaced")
-    went_on, refused = check_everywhere(model, cache, CHANGES[change])
-    assert went_on > 0, "before the first layer"
+    exact, refused = check_everywhere(model, cache, CHANGES[change])
+    assert exact > 0, "before the first layer"
     assert refused > 0, "between layers"
 
 
@@ -173,8 +173,8 @@ def test_a_change_interrupted_at_any_line_is_exact_or_noticed(name: str, change:
         pytest.skip("its linear attention cannot be cropped")
     model = tiny_model(name)
     rows = 2 if change in ("reorder", "select") else 1
-    went_on, _ = check_everywhere(model, started(model, [20, 1, 1], rows), CHANGES[change])
-    assert went_on > 0
+    exact, _ = check_everywhere(model, started(model, [20, 1, 1], rows), CHANGES[change])
+    assert exact > 0
 
 
 PLACES = ["before", "in its mixer", "after"]

@@ -67,7 +67,7 @@ def test_a_reset_leaves_no_trace(model: Any, batch_size: int) -> None:
     assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
 
 
-def test_rebase_winds_positions_back_in_every_ring(model: Any) -> None:
+def test_rebase_lowers_positions_in_every_ring(model: Any) -> None:
     cache, other = new_cache(model), new_cache(model)
     ids = random_ids(30)
     feed(model, cache, ids)

@@ -38,18 +38,18 @@ def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
 HOW: dict[str, dict[str, Any]] = {"": {}, "chunks": {"prefill_chunk_size": 5}, "beams": {"num_beams": 2}}
 
 
-@pytest.mark.parametrize("wound_back", [False, True], ids=["never wound back", "wound back before"])
+@pytest.mark.parametrize("rebased", [False, True], ids=["never rebased", "rebased before"])
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize(("name", "how"), [*(("llama", how) for how in HOW), *((name, "") for name in NAMES[1:])])
 def test_generation_after_any_number_of_tokens_equals_generation_after_a_few(
-    name: str, how: str, offset: int, wound_back: bool
+    name: str, how: str, offset: int, rebased: bool
 ) -> None:
     model = tiny_model(name, num_hidden_layers=4 if name == "smollm3" else 2)
     outputs: list[Any] = []
     sizes = []
     for older in (0, offset):
         cache, ids = stream(model)
-        by = age(cache, older, wound_back)
+        by = age(cache, older, rebased)
         new = torch.cat([ids[:, -1:], random_ids(9, seed=1)], dim=1)
         with Widest() as widest:
             outputs.append(sink_generate(model, new, past_key_values=cache, max_new_tokens=50, **OPTIONS, **HOW[how]))
@@ -62,7 +62,7 @@ def test_generation_after_any_number_of_tokens_equals_generation_after_a_few(
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_padded_rows_go_on_after_any_number_of_tokens(offset: int) -> None:
+def test_padded_rows_continue_after_any_number_of_tokens(offset: int) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, :13] = 0
@@ -98,7 +98,7 @@ def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
 
 
 def test_the_error_of_a_generated_stream_does_not_grow() -> None:
-    """Positions are wound back before rounding of float32 angles changes logits, not only before they end."""
+    """Positions are rebased before rounding of float32 angles changes logits, not only before they end."""
     model = tiny_model("llama", num_hidden_layers=1)
     cache, ids = stream(model)
     age(cache, 2**15 - 600, rebased=False)
@@ -144,7 +144,7 @@ def test_compact_lets_a_custom_decoding_loop_run_without_end() -> None:
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_a_session_goes_on_after_any_number_of_tokens(offset: int) -> None:
+def test_a_session_continues_after_any_number_of_tokens(offset: int) -> None:
     model = chat_model()
     answers, sizes = [], []
     for older in (0, offset):

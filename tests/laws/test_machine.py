@@ -440,21 +440,21 @@ class SinkCacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.stream.is_initialized)
     @rule(compact=st.booleans())
-    def wind_back(self, compact: bool) -> None:
-        wind_back = self.cache.compact if compact else self.cache.rebase
+    def rebase_or_compact(self, compact: bool) -> None:
+        change = self.cache.compact if compact else self.cache.rebase
         if not self.stream.model.can_rebase:
             with pytest.raises(NotImplementedError, match="cannot be wound back"):
-                wind_back()
+                change()
             self.branch.check_unchanged()
         else:
-            wind_back()
+            change()
             self.stream.compact() if compact else self.stream.rebase()
 
     # --- copies
 
     @precondition(lambda self: self.stream.is_initialized)
     @rule(copied=st.booleans())
-    def go_on_with_another(self, copied: bool) -> None:
+    def continue_with_another(self, copied: bool) -> None:
         """Continue with a copy, or with the original of an earlier copy."""
         other = self.branch.copied() if copied or self.other is None else self.other
         self.other, self.branch = self.branch, other

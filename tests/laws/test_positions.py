@@ -1,4 +1,4 @@
-"""Where a model changes its behavior with the position, positions are wound back in time, or the update is refused."""
+"""Where a model changes its behavior with the position, positions are rebased in time, or the update is refused."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ ENDING: dict[str, tuple[str, dict[str, Any]]] = {
     ids=["", "chunks", "beams"],
 )
 @pytest.mark.parametrize("lengths", [[10], [60], [4, 30, 70]], ids=["short", "long", "padded"])
-def test_sink_generate_winds_positions_back_before_they_end(
+def test_sink_generate_rebases_positions_before_they_end(
     name: str, options: dict[str, Any], lengths: list[int]
 ) -> None:
     """Up to five times the limit, each step of one layer equals the model on the kept tokens without a cache."""
@@ -90,7 +90,7 @@ def test_a_model_that_counts_positions_itself_ends_with_a_clear_error() -> None:
         sink_generate(model, random_ids(10).clamp(min=1), max_new_tokens=60, **NEW_STREAM)
 
 
-def test_plain_generate_refuses_a_cache_whose_positions_were_wound_back() -> None:
+def test_plain_generate_refuses_a_cache_with_rebased_positions() -> None:
     architecture, changes = ENDING["dynamic"]
     model = build_model(build_config(architecture, num_hidden_layers=1, **changes))
     output: Any = sink_generate(model, random_ids(10).clamp(min=1), max_new_tokens=60, **NEW_STREAM)
@@ -102,7 +102,7 @@ def test_plain_generate_refuses_a_cache_whose_positions_were_wound_back() -> Non
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": -2}, {"misspelt": 1}, {"rows": 3}])
-def test_a_refused_call_winds_nothing_back(wrong: dict[str, Any]) -> None:
+def test_a_refused_call_does_not_rebase(wrong: dict[str, Any]) -> None:
     model = build_model(build_config("gptj", num_hidden_layers=1, max_position_embeddings=64))
     first: Any = sink_generate(model, random_ids(50).clamp(min=1), max_new_tokens=4, **NEW_STREAM)
     options = {"max_new_tokens": 5, **OPTIONS, **wrong}

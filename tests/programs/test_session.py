@@ -146,7 +146,7 @@ def test_a_long_conversation_is_one_stream_of_bounded_size(model: Any, num_sink_
     assert error_of(session, read) < 1e-4
 
 
-def test_a_session_works_with_a_model_whose_positions_cannot_be_wound_back() -> None:
+def test_a_session_works_with_a_model_whose_positions_cannot_be_rebased() -> None:
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "use_sliding_window": True}
     model = chat_model("qwen3", **layers, head_dim=32)
     session = SinkSession(model, byte_tokenizer(), 24)

@@ -19,7 +19,7 @@ def test_memory_and_error_are_flat_along_a_stream(tmp_path: Path) -> None:
     with (tmp_path / "soak.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 20
-    assert int(rows[-1]["tokens"]) >= 60_000, "positions are wound back on the way"
+    assert int(rows[-1]["tokens"]) >= 60_000, "positions are rebased on the way"
     warm = rows[4:]
     assert max(float(row["MiB"]) for row in warm) < float(warm[0]["MiB"]) + 4
     objects = [int(row["objects"]) for row in warm]

@@ -76,12 +76,12 @@ def make_layers_disagree(cache: SinkCache) -> None:
 
 
 def position_offset_of(cache: SinkCache) -> int:
-    """How far positions were wound back in a row without padding; 0 if they never were."""
+    """By how many positions a row without padding was rebased; 0 if it never was."""
     return int(cache.rows.base)
 
 
 def position_offsets(cache: SinkCache) -> list[int]:
-    """How far positions were wound back in each row, or in all of them."""
+    """By how many positions each row was rebased; one number if it is the same for all rows."""
     offsets = cache.position_offsets
     return offsets.tolist() if isinstance(offsets, Tensor) else [offsets]
 
@@ -97,7 +97,7 @@ def set_position_limit(cache: SinkCache, limit: int) -> None:
 
 
 def rebase_every(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
-    """Let `sink_generate` and `sink_prefill` wind positions back once they have grown by `positions`."""
+    """Let `sink_generate` and `sink_prefill` rebase positions once they have grown by `positions`."""
     monkeypatch.setattr(attention_sinks.generate, "_ACCURATE_POSITIONS", positions)
 
 

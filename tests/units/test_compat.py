@@ -99,7 +99,7 @@ def by_sink_generate(model: Any, right: int = 0) -> None:
     try:
         sink_generate(model, random_ids(10), cache=cache, streamer=streamed, **OPTIONS)
     finally:
-        assert len(streamed.got) <= 1 + right, "a token was handed out"
+        assert len(streamed.got) <= 1 + right, "a token was returned"
 
 
 def by_sink_generate_after_a_token(model: Any) -> None:
@@ -113,14 +113,14 @@ def by_sink_generate_in_chunks(model: Any) -> None:
 
 def by_sink_prefill(model: Any) -> None:
     for _ in sink_prefill(model, random_ids(30), SinkCache(model.config, W, S), 7):
-        pytest.fail("logits were handed out")
+        pytest.fail("logits were returned")
 
 
 def by_session(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), window_length=W)
     session.feed("Once upon a time")
     for _ in session.generate(max_new_tokens=12):
-        pytest.fail("a token was handed out")
+        pytest.fail("a token was returned")
 
 
 GENERATE = [by_sink_generate, by_sink_generate_in_chunks, by_session]
@@ -173,7 +173,7 @@ def test_a_mask_not_sized_by_the_cache_is_noticed(call: Any, monkeypatch: pytest
 def by_unmasked_prefill(model: Any) -> None:
     """A chunk of one token gets its mask from the model."""
     for _ in sink_prefill(model, random_ids(30), SinkCache(model.config, W, S), 1):
-        pytest.fail("logits were handed out")
+        pytest.fail("logits were returned")
 
 
 @pytest.mark.parametrize("call", ALL)
