@@ -7,12 +7,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-# The tests that run on other versions too; the pages and the benchmarks are those of the pinned ones.
-FAST := -m "not slow" $(addprefix --ignore tests/programs/test_,docs.py benchmarks.py soak.py)
-# Two processes of one thread each are faster than one of two: threads that wait for each other spin.
+# Two processes of one thread each are faster than one of two threads, which spin while they wait for each other. The tests
+# of a module run in the same process, so that they share what is expensive to make; tests/conftest.py sets the order.
+PYTEST := -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 PARALLEL := OMP_NUM_THREADS=1
+# The tests that run with other versions too; the pages and the benchmarks belong to the pinned versions.
+FAST := -m "not slow and not docs"
+# The tests to run while editing: under two minutes on two cores.
+QUICK := -m "not slow and not docs and not processes and not exhaustive"
 
-.PHONY: demo chat docs test test-oldest test-newest lint types architectures bench build release-notes clean
+.PHONY: demo chat docs test quick test-oldest test-newest lint types architectures bench build release-notes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -25,11 +29,14 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(PARALLEL) $(BIN)/python $(PYTEST)
+
+quick: $(VENV)/.ready
+	$(PARALLEL) $(BIN)/python $(PYTEST) $(QUICK)
 
 # The fast tests with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/.ready
-	$(PARALLEL) $(OLDEST)/bin/python -m pytest -n 2 $(FAST)
+	$(PARALLEL) $(OLDEST)/bin/python $(PYTEST) $(FAST)
 
 # The fast tests, and a few architectures, with what `pip install` brings today: the newest transformers and torch.
 test-newest:
@@ -37,7 +44,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		--editable ".[cli,demo,test]"
 	$(NEWEST)/bin/python -c "import torch, transformers; print('transformers', transformers.__version__, 'torch', torch.__version__)"
-	$(PARALLEL) $(NEWEST)/bin/python -m pytest -n 2 $(FAST)
+	$(PARALLEL) $(NEWEST)/bin/python $(PYTEST) $(FAST)
 	$(NEWEST)/bin/python -m benchmarks.architectures --quick
 
 lint: $(VENV)/.ready

@@ -16,5 +16,6 @@ def no_grad() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take minutes, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("exhaustive") is None)
+    """Run the longest tests first, so that no process is left alone with one of them at the end."""
+    longest = ("exhaustive", "slow", "processes")
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in longest))

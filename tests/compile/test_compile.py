@@ -1,4 +1,4 @@
-"""A compiled model: compiled once however long the stream, with the logits of the eager one; and what a step costs."""
+"""A model is compiled once for a stream of any length, and gives the logits of the eager model."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +14,8 @@ from ..support.models import CACHE, VOCAB_SIZE, build_config, build_model, rando
 from ..support.streams import S, W
 from ..support.versions import HAS_LATER_MODELS
 
-ARCHITECTURES = ["llama", "gpt_neox", "qwen3", "glm4", "deepseek_v3", "smollm3", "mistral-sliding"]
+MORE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt_neox", "qwen3", "glm4", "mistral-sliding")]
+ARCHITECTURES = ["llama", "deepseek_v3", "smollm3", *MORE]
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +28,12 @@ def _forget_what_was_compiled() -> Iterator[None]:
 
 @pytest.fixture
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`generate` compiles on CUDA only, unless it is told to do so everywhere."""
+    """Let `generate` compile by itself, as on CUDA."""
     force_static(monkeypatch)
 
 
 class Compiler:
-    """A back end that counts what it is given to compile."""
+    """A backend that counts the graphs that it compiles."""
 
     def __init__(self) -> None:
         self.compiled = 0
@@ -41,7 +42,7 @@ class Compiler:
         self.compiled += 1
         return graph.forward
 
-    def __deepcopy__(self, memo: Any) -> "Compiler":  # `generate` copies its settings
+    def __deepcopy__(self, memo: Any) -> "Compiler":  # `generate` copies its config
         return self
 
 
@@ -73,9 +74,9 @@ def test_a_compiled_loop_gives_the_logits_of_an_eager_one_across_the_edge_of_the
             token = random_ids(1, seed=100 + t)
             logits = step(token, **{CACHE: cache}).logits
             assert relative_error(logits, model(token, **{CACHE: eager}).logits) < 1e-5
-        assert compiler.compiled == 1, "neither at the edge of the window nor for another cache"
+        assert compiler.compiled == 1, "one graph, past the window and for another cache too"
         assert (cache.get_seq_length(), cache.kept_length) == (eager.get_seq_length(), eager.kept_length)
-        for length in (5, 1, 1, 7):  # the stream goes on without the compiler
+        for length in (5, 1, 1, 7):  # the stream continues without the compiler
             new = random_ids(length, seed=length)
             expected = model(new, **{CACHE: eager}).logits
             assert relative_error(model(new, **{CACHE: cache}).logits, expected) < 1e-5
@@ -93,7 +94,8 @@ def test_a_thousand_steps_past_the_window_are_compiled_once() -> None:
     assert cache.get_seq_length() == 2 * W + 1000
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised and ignored by torch
 def test_a_step_compiled_by_inductor_is_exact() -> None:
     model = build("llama")
     step = compiled(model, "inductor")
@@ -119,8 +121,8 @@ def test_generate_compiles_a_sink_cache_where_it_compiles_a_static_cache(name: s
         assert compiler.compiled == 1
 
 
-@pytest.mark.skipif(not HAS_LATER_MODELS, reason="early transformers 5 has other layers")
-@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+@pytest.mark.skipif(not HAS_LATER_MODELS, reason="early transformers 5 has no such layers")
+@pytest.mark.parametrize("name", ["lfm2", pytest.param("qwen3_next", marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("_as_on_cuda")
 def test_models_with_convolutions_and_linear_attention_are_compiled(name: str) -> None:
     model, ids, compiler = build_model(build_config(name)), random_ids(20), Compiler()
@@ -135,7 +137,7 @@ def test_models_with_convolutions_and_linear_attention_are_compiled(name: str) -
 def test_assisted_decoding_is_exact_where_generate_compiles() -> None:
     model, ids = build("llama"), random_ids(8).repeat(1, 3)
     settings: dict[str, Any] = {"window_length": 64, "max_new_tokens": 30, "do_sample": False}
-    settings["eos_token_id"] = VOCAB_SIZE - 1  # early transformers 5 looks for it among the candidates
+    settings["eos_token_id"] = VOCAB_SIZE - 1  # early transformers 5 looks for an end among the candidates
     expected: Any = sink_generate(model, ids, disable_compile=True, **settings)
     output: Any = sink_generate(model, ids, prompt_lookup_num_tokens=4, **settings)
     assert torch.equal(output, expected)
@@ -175,9 +177,10 @@ def test_compiled_generate_notices_the_position_limit() -> None:
     assert 0 < position_offset_of(cache) < 65 < cache.get_seq_length() + 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("prompt_length", [3, 40])
 def test_layers_compiled_one_by_one_are_exact(prompt_length: int) -> None:
-    """Their masks are made outside of what is compiled, and hide no empty slots."""
+    """The mask is made in eager mode and does not hide empty slots."""
     model, eager = build("llama"), build("llama")
     for layer in model.model.layers:
         layer.compile(backend=Compiler())
@@ -202,6 +205,7 @@ def test_a_rebase_does_not_cause_a_recompilation(monkeypatch: pytest.MonkeyPatch
     assert compiler.compiled == 1
 
 
+@pytest.mark.exhaustive
 def test_a_crop_and_compiled_steps_may_alternate() -> None:
     model = build("llama")
     step = compiled(model, Compiler())
@@ -225,7 +229,7 @@ def test_a_crop_and_compiled_steps_may_alternate() -> None:
 @pytest.mark.parametrize("name", ["gptj", "mpt"])
 @pytest.mark.usefixtures("_as_on_cuda")
 def test_a_model_that_needs_python_at_every_step_is_not_compiled(name: str) -> None:
-    """GPT-J has a table of positions, and MPT counts distances by the order of the tokens."""
+    """GPT-J has a table of positions that ends, and MPT needs keys in order."""
     model = build_model(build_config(name))
     assert not SinkCache(model.config, W, S).is_compileable
 
@@ -238,6 +242,7 @@ def test_flash_attention_is_not_compiled_because_it_takes_no_mask() -> None:
         assert SinkCache(config, W, S).is_compileable == (implementation != "flash_attention_2")
 
 
+@pytest.mark.exhaustive
 def test_compiled_chunks_are_exact() -> None:
     model = build("llama")
     forward: Any = torch.compile(model, backend=Compiler())

@@ -1,4 +1,4 @@
-"""No step takes a tensor from one device to another."""
+"""No step moves a tensor from one device to another."""
 
 from contextlib import nullcontext
 
@@ -19,7 +19,7 @@ def states_on(device: str, batch_size: int, query_length: int) -> tuple[Tensor, 
     return key_states, value_states
 
 
-@pytest.mark.parametrize("chunks", [[1], [1, 3], [40]], ids=str)
+@pytest.mark.parametrize("chunks", [[1], pytest.param([1, 3], marks=pytest.mark.exhaustive), [40]], ids=str)
 @pytest.mark.parametrize("windowed", [False, True], ids=["", "windowed"])
 @pytest.mark.parametrize("pads", [None, [7, 0]], ids=["", "padded"])
 def test_no_step_moves_a_tensor_to_another_device(pads: list[int] | None, windowed: bool, chunks: list[int]) -> None:

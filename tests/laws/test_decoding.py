@@ -28,7 +28,7 @@ from ..support.versions import MAY_ADD_A_CANDIDATE, RECORDS_PAST
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-# Prompt lengths of the rows, and new tokens.
+# The length of the prompt of each row, and the number of new tokens.
 PROMPTS = {
     "below": ([7], 8),
     "across": ([10], 20),
@@ -62,7 +62,7 @@ def test_below_the_window_generate_is_bitwise_equal_to_a_dynamic_cache(architect
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "cohere", "smollm3"])
 @torch.no_grad()
 def test_generate_equals_a_loop_of_single_tokens(architecture: str) -> None:
-    """The positions that `generate` counts must be those the ring expects, across and past the window."""
+    """`generate` counts positions as the cache does, below and past the window."""
     model = tiny_model(architecture, num_hidden_layers=4)
     ids = random_ids(10)
     output: Any = sink_generate(
@@ -108,7 +108,7 @@ def test_every_strategy_gives_each_row_the_logits_of_the_row_alone(
         expected = scored(model, text, row.shape[1])
         if "num_beams" in options:
             steps = expected.log_softmax(-1).gather(2, text[:, row.shape[1] :, None]).sum()
-            if not options.get("do_sample"):  # a sampled beam's score is that of its warped distribution
+            if not options.get("do_sample"):  # the score of a sampled beam comes from the warped distribution
                 assert abs(float(output.sequences_scores[i] - steps / new)) < 1e-4
             transition = model.compute_transition_scores(
                 output.sequences[i : i + 1], output.scores, output.beam_indices[i : i + 1]
@@ -136,7 +136,7 @@ def test_sampling_beams_and_several_sequences_work_past_the_window() -> None:
 
 
 def test_building_a_cache_does_not_change_the_random_state() -> None:
-    """Deriving the rotation builds a random model; that must not move the random state of the caller."""
+    """The rotation is measured with a random model, which must not consume random numbers of the caller."""
     model = build_model(build_config("llama", num_hidden_layers=1, max_position_embeddings=333))
     outputs: list[Any] = []
     for _ in range(2):
@@ -242,19 +242,16 @@ def test_assisted_decoding_below_the_window_gives_the_text_of_greedy_decoding(op
 @pytest.mark.parametrize("helper", ["prompt lookup", "draft model"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_rejected_candidates_leave_no_trace(helper: str, layers: int) -> None:
-    """Below the window the text is greedy's; past it the cache is what feeding the text token by token leaves.
+    """Past the window the cache is the one that single tokens leave.
 
-    In one layer that is exact. In two, the later tokens of a candidate saw a little more than their window.
+    In one layer that is exact. In two layers the later tokens of a candidate saw a little more than their window.
     """
     model = tiny_model("llama", num_hidden_layers=layers)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 5}
     if helper == "draft model":
         options = {"assistant_model": copy.deepcopy(tiny_model("llama", num_hidden_layers=1))}
     ids = torch.tensor([[5, 6, 7] * 2])
-    greedy: Any = sink_generate(model, ids, max_new_tokens=8, **NEW_STREAM)
-    output: Any = sink_generate(model, ids, max_new_tokens=8, **NEW_STREAM, **options)
-    assert torch.equal(output.sequences, greedy.sequences)
-    output = sink_generate(model, ids, max_new_tokens=60, **NEW_STREAM, **options)
+    output: Any = sink_generate(model, ids, max_new_tokens=60, **NEW_STREAM, **options)
     cache = output[CACHE]
     assert cache.get_seq_length() == 65
     assert cache.kept_length == W

@@ -67,7 +67,7 @@ def test_a_reset_leaves_no_trace(model: Any, batch_size: int) -> None:
     assert torch.equal(feed(model, cache, ids), feed(model, new_cache(model), ids))
 
 
-def test_rebase_winds_positions_back_in_every_ring(model: Any) -> None:
+def test_rebase_lowers_positions_in_every_ring(model: Any) -> None:
     cache, other = new_cache(model), new_cache(model)
     ids = random_ids(30)
     feed(model, cache, ids)
@@ -120,7 +120,7 @@ def test_a_crop_is_exact_or_refused(model: Any) -> None:
     ids, cache, other = random_ids(30), new_cache(model), new_cache(model)
     feed(model, cache, ids[:, :12])
     expected = feed(model, other, ids[:, :12])
-    if model.config.model_type == "falcon_h1":  # the state of its linear attention has no way back
+    if model.config.model_type == "falcon_h1":  # linear attention cannot take a token back
         with pytest.raises(ValueError, match="tokens_to_remove"):
             cache.crop(-1)
     else:

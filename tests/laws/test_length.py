@@ -1,6 +1,5 @@
-"""Streams of any length: the same logits, and the same work, after a billion tokens as after a hundred."""
+"""A stream gives the same logits and costs the same after a billion tokens as after a hundred."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,26 +11,23 @@ from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
 from ..support.counting import Widest
 from ..support.inside import age, age_session, position_offset_of
 from ..support.models import CACHE, random_ids, relative_error, tiny_model
-from ..support.streams import S, W
+from ..support.streams import OPTIONS, S, W, by_token
 from ..support.tokenizer import byte_tokenizer, chat_model
 
 RING = W - S
-OFFSETS = [2**24 - 100, 2**25, 10**9]
-# Those of other pairings, of states that turn as values, and with layers that do not turn.
+OFFSETS = [
+    pytest.param(2**24 - 100, marks=pytest.mark.exhaustive),
+    pytest.param(2**25, marks=pytest.mark.exhaustive),
+    10**9,
+]
+# Interleaved and partial rotation, rotating values, and layers without position.
 NAMES = ["llama", "cohere", "phi", "deepseek_v3", "smollm3"]
-OPTIONS: dict[str, Any] = {
-    "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True,
-}  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
-    """A cache that has seen all of some tokens but the last one, and these."""
+    """Random tokens, and a cache that has seen all of them but the last one."""
     ids = random_ids(60, batch_size=rows).clamp(min=1)
     cache = SinkCache(model.config, W, S)
     for _ in sink_prefill(model, ids[:, :-1], cache, 1):
@@ -39,26 +35,21 @@ def stream(model: Any, rows: int = 1) -> tuple[SinkCache, Tensor]:
     return cache, ids
 
 
-def feed(model: Any, cache: SinkCache, ids: Tensor) -> None:
-    for token in ids.split(1, dim=1):
-        model(token, **{CACHE: cache})
-
-
 HOW: dict[str, dict[str, Any]] = {"": {}, "chunks": {"prefill_chunk_size": 5}, "beams": {"num_beams": 2}}
 
 
-@pytest.mark.parametrize("wound_back", [False, True], ids=["never wound back", "wound back before"])
+@pytest.mark.parametrize("rebased", [False, True], ids=["never rebased", "rebased before"])
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize(("name", "how"), [*(("llama", how) for how in HOW), *((name, "") for name in NAMES[1:])])
 def test_generation_after_any_number_of_tokens_equals_generation_after_a_few(
-    name: str, how: str, offset: int, wound_back: bool
+    name: str, how: str, offset: int, rebased: bool
 ) -> None:
     model = tiny_model(name, num_hidden_layers=4 if name == "smollm3" else 2)
     outputs: list[Any] = []
     sizes = []
     for older in (0, offset):
         cache, ids = stream(model)
-        by = age(cache, older, wound_back)
+        by = age(cache, older, rebased)
         new = torch.cat([ids[:, -1:], random_ids(9, seed=1)], dim=1)
         with Widest() as widest:
             outputs.append(sink_generate(model, new, past_key_values=cache, max_new_tokens=50, **OPTIONS, **HOW[how]))
@@ -67,11 +58,11 @@ def test_generation_after_any_number_of_tokens_equals_generation_after_a_few(
     young, old = outputs
     assert torch.equal(old.sequences, young.sequences)
     assert relative_error(torch.stack(old.logits), torch.stack(young.logits)) < 1e-3
-    assert sizes[1] == sizes[0], "no mask, no ids and no positions of all that was seen"
+    assert sizes[1] == sizes[0], "no mask, ids or positions for the whole stream"
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_padded_rows_go_on_after_any_number_of_tokens(offset: int) -> None:
+def test_padded_rows_continue_after_any_number_of_tokens(offset: int) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, :13] = 0
@@ -90,13 +81,13 @@ def test_padded_rows_go_on_after_any_number_of_tokens(offset: int) -> None:
 
 
 def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
-    """A loop that came to 2^24 goes on in `sink_generate`: what its positions spoiled is gone a window later."""
+    """Near position 2^24 a custom loop stores inexact keys; `sink_generate` continues it and evicts them."""
     model = tiny_model("llama", num_hidden_layers=1)
     offset, text = 2**24 - 100, random_ids(40)
     cache, _ = stream(model)
     offset = age(cache, offset, rebased=False)
     with pytest.warns(UserWarning, match="`sink_generate`, which rebases positions"):
-        feed(model, cache, text)
+        by_token(model, text, cache)
     output: Any = sink_generate(model, random_ids(1), past_key_values=cache, max_new_tokens=60, **OPTIONS)
     seen = torch.cat([random_ids(60).clamp(min=1)[:, :59], text, output.sequences], dim=1)
     for step, logits in enumerate(output.logits):
@@ -107,7 +98,7 @@ def test_keys_at_inexact_positions_are_gone_after_one_window() -> None:
 
 
 def test_the_error_of_a_generated_stream_does_not_grow() -> None:
-    """Positions are wound back where float32 angles begin to be off, and not only where they end."""
+    """Positions are rebased before rounding of float32 angles changes logits, not only before they end."""
     model = tiny_model("llama", num_hidden_layers=1)
     cache, ids = stream(model)
     age(cache, 2**15 - 600, rebased=False)
@@ -122,12 +113,12 @@ def test_the_error_of_a_generated_stream_does_not_grow() -> None:
     assert worst < 2e-4
 
 
-def generated(model: Any, cache: SinkCache, ids: Tensor) -> None:
+def generated(model: Any, ids: Tensor, cache: SinkCache) -> None:
     mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
     model.generate(ids[:, :1], attention_mask=mask, **{CACHE: cache}, max_new_tokens=200, eos_token_id=None)
 
 
-@pytest.mark.parametrize("run", [generated, feed])
+@pytest.mark.parametrize("run", [pytest.param(generated, marks=pytest.mark.exhaustive), by_token])
 def test_plain_generation_warns_and_stops_before_positions_end(run: Any) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     cache, _ = stream(model)
@@ -136,7 +127,7 @@ def test_plain_generation_warns_and_stops_before_positions_end(run: Any) -> None
         pytest.warns(UserWarning, match="roundings begin to show") as warned,
         pytest.raises(ValueError, match=f"`query_length` must be at most 0 after {2**24} tokens.*`sink_generate`"),
     ):
-        run(model, cache, random_ids(200))
+        run(model, random_ids(200), cache)
     assert len(warned) == 1
     assert cache.get_seq_length() == 2**24
 
@@ -153,7 +144,7 @@ def test_compact_lets_a_custom_decoding_loop_run_without_end() -> None:
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_a_session_goes_on_after_any_number_of_tokens(offset: int) -> None:
+def test_a_session_continues_after_any_number_of_tokens(offset: int) -> None:
     model = chat_model()
     answers, sizes = [], []
     for older in (0, offset):

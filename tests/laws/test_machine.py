@@ -1,11 +1,11 @@
-"""A `SinkCache` as databases are tested: any sequence of calls, against a model of the contract in plain Python.
+"""Any sequence of calls leaves a `SinkCache` in the state that the contract demands.
 
-The model (`Stream`) remembers every token ever fed, by its word and its position, and knows only the contract: which
-tokens a query sees, that attention takes them as contiguous, what may be refused. It knows neither slots nor shifts.
-States are looked up by word and position in tables, which are rotated by a formula of their own, so that no model runs.
+Caches are tested as databases are: random calls, compared with a model of the contract in plain Python (`Stream`). The
+model remembers the word and the position of every token ever fed. It knows which tokens a query sees, that attention
+sees them as contiguous, and what may be refused. It knows neither slots nor rotations. States are looked up by word and
+position in tables with a rotation formula of their own, so that no language model runs.
 
-A run takes `EXAMPLES` caches through up to `STEPS` calls each, some 25,000 in all, in a minute or two. A failure prints
-the shortest sequence of calls that shows it, and how to run just that again.
+A failure prints the shortest sequence of calls that shows it, and how to run just this sequence again.
 """
 
 import contextlib
@@ -51,21 +51,21 @@ from ..support.versions import RECORDS_PAST
 STEPS = 50
 
 
-EXAMPLES = 600 if RECORDS_PAST else 200
+EXAMPLES, FEW_EXAMPLES = 600 if RECORDS_PAST else 200, 40
 
 
 @dataclass
 class Branch:
-    """A cache, the model of what it must hold, and the check that they agree."""
+    """A cache and the model of its contract, and the checks that they agree."""
 
     cache: SinkCache
     stream: Stream
     source: random.Random = field(default_factory=lambda: random.Random(0))
-    # What an update gave under autograd, which nothing may write over, and what it was.
+    # States that an update returned under autograd, which nothing may overwrite, and copies of them.
     given: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False) -> None:
-        """One forward pass, as far as the cache is concerned, and what its queries must see."""
+        """Run the part of a forward pass that concerns the cache, and check what its queries see."""
         cache, stream, layers = self.cache, self.stream, self.stream.model.layers
         chunk = stream.new_tokens(query_length, self.source)
         self.check_sizes(query_length, windowed)
@@ -75,7 +75,7 @@ class Branch:
         windows = inside.windowed_chunk(cache, query_length) if windowed else self.lowered(query_length)
         with modes[mode](), windows as visible:
             returned = [self.update_layer(i, *tensors_of(chunk), grad=mode == "grad") for i in range(len(layers))]
-        assert all(torch.equal(states, before) for states, before in self.given), "written over before backward"
+        assert all(torch.equal(states, before) for states, before in self.given), "overwritten before backward"
         self.given = []
         for i, (layer, kv_length) in enumerate(zip(layers, kv_lengths, strict=True)):
             if layer.conv:
@@ -92,7 +92,7 @@ class Branch:
             if not layer.is_ring:
                 self.check_sliding(layer, keys, values)
             elif not windowed:
-                # A single token may see its keys in any order, of which the mask tells only those from the pads.
+                # A single token may see its keys in any order; the mask only tells tokens from padding.
                 in_order = query_length > 1 or stream.model.in_order
                 assert torch.equal(views[0].is_token, stream.mask(kv_length))
                 self.check_view(layer, views[0], keys, values, indexed, in_order)
@@ -105,7 +105,7 @@ class Branch:
         return inside.rebased_positions(self.cache, query_length) if is_rebased else contextlib.nullcontext()
 
     def update_layer(self, i: int, words: Tensor, positions: Tensor, grad: bool = False) -> Any:
-        """What attention does of a layer's forward pass: keys, values and the indexer's keys."""
+        """Do what the attention of a layer does with the cache; return keys, values and keys of the indexer."""
         cache, layer, dtype = self.cache, self.stream.model.layers[i], self.stream.dtype
         if layer.conv:
             columns = CONVOLVED.at(words, positions)[:, 0].mT.to(dtype)
@@ -115,7 +115,7 @@ class Branch:
         if layer.keys is None or layer.values is None:
             return None
         keys, values = layer.keys.at(words, positions).to(dtype), layer.values.at(words, positions).to(dtype)
-        grad &= layer.is_ring  # other layers would keep the graph
+        grad &= layer.is_ring  # other layers would keep the autograd graph
         keys, values = cache.update(keys.requires_grad_(grad), values.requires_grad_(grad), i)
         if not grad:
             keys, values = keys.clone(), values.clone()  # the next layer may return the same memory
@@ -127,10 +127,10 @@ class Branch:
     def check_window(
         self, layer: Layer, view: View, keys: Tensor, values: Tensor, visible: Callable[..., Tensor], query: int
     ) -> None:
-        """The same for a query of a chunk that is shown its own window by a mask."""
+        """Check a query of a windowed chunk: the mask shows it exactly its own window."""
         rows, slots = torch.arange(len(keys))[:, None], torch.arange(keys.shape[2])[None]
         shown = visible(rows, 0, torch.tensor(query), slots).expand(len(keys), -1)
-        assert bool(shown.any(dim=1).all()), "not even a pad may see nothing"
+        assert bool(shown.any(dim=1).all()), "even a pad sees something"
         wanted = view.is_token.sum(dim=1)
         assert torch.equal(shown.sum(dim=1)[wanted > 0], wanted[wanted > 0])
         if not wanted.any():
@@ -145,54 +145,56 @@ class Branch:
     def check_view(
         self, layer: Layer, view: View, keys: Tensor, values: Tensor, indexed: Tensor | None, in_order: bool
     ) -> None:
-        """Whether keys and values that a query sees are those of the tokens it must see, where it must see them."""
+        """Check that a query sees the keys and values of the right tokens at the right positions."""
         assert layer.keys is not None
         assert layer.values is not None
         dtype, rows = self.stream.dtype, torch.arange(len(keys))[:, None]
-        still, turning = (layer.keys, layer.values) if layer.values.rope is not None else (layer.values, layer.keys)
-        still_states, turning_states = (keys, values) if still is layer.keys else (values, keys)
-        assert still_states.dtype == turning_states.dtype == dtype
-        expected = still.at(view.words, view.positions).to(dtype)
+        fixed, rotating = (layer.keys, layer.values) if layer.values.rope is not None else (layer.values, layer.keys)
+        fixed_states, rotating_states = (keys, values) if fixed is layer.keys else (values, keys)
+        assert fixed_states.dtype == rotating_states.dtype == dtype
+        expected = fixed.at(view.words, view.positions).to(dtype)
         order = torch.arange(view.words.shape[1]).expand(len(keys), -1)
         if not in_order:
-            same = (still_states[:, :, :, None] == expected[:, :, None]).all(dim=-1).all(dim=1)
+            same = (fixed_states[:, :, :, None] == expected[:, :, None]).all(dim=-1).all(dim=1)
             same &= view.is_token[:, :, None] & view.is_token[:, None]
-            assert torch.equal(same.sum(dim=1), view.is_token.long()), "a token that must be seen is not, or twice"
-            assert torch.equal(same.sum(dim=2), view.is_token.long()), "something else is seen"
+            assert torch.equal(same.sum(dim=1), view.is_token.long()), "a token is not visible, or twice"
+            assert torch.equal(same.sum(dim=2), view.is_token.long()), "another token is visible"
             order = torch.where(view.is_token, same.int().argmax(dim=2), order)
         shown = view.is_token[:, None, :, None]
-        assert torch.equal(still_states * shown, expected[rows, :, order].transpose(1, 2) * shown)
+        assert torch.equal(fixed_states * shown, expected[rows, :, order].transpose(1, 2) * shown)
         words, positions = view.words[rows, order], view.positions[rows, order]
         exact = view.is_exact[rows, order][:, None, :, None]
-        for kind, states in ((turning, turning_states), (layer.indexer, indexed)):
+        for kind, states in ((rotating, rotating_states), (layer.indexer, indexed)):
             if kind is None or states is None:
                 continue
-            turned = kind.at(words, positions)
-            error = ((states.double() - turned) * shown).abs().max()
-            assert error <= self.tolerance, f"{kind} is {error} away from where attention takes it to be"
-            assert torch.equal(states * exact, turned.to(dtype) * exact), "changed without need"
-        self.check_attention(still, turning, view, still_states.double(), turning_states.double())
+            rotated = kind.at(words, positions)
+            error = ((states.double() - rotated) * shown).abs().max()
+            assert error <= self.tolerance, f"{kind} is {error} away from its position"
+            assert torch.equal(states * exact, rotated.to(dtype) * exact), "not bitwise equal without rotation"
+        self.check_attention(fixed, rotating, view, fixed_states.double(), rotating_states.double())
 
-    def check_attention(self, still: States, turning: States, view: View, stills: Tensor, turnings: Tensor) -> None:
-        """The last token as a query, where the model is told it stands, against the kept tokens numbered from 0."""
+    def check_attention(
+        self, fixed: States, rotating: States, view: View, fixed_states: Tensor, rotating_states: Tensor
+    ) -> None:
+        """Check that attention gives the same output as with the kept tokens numbered from 0."""
         asked = (view.words[:, -1:] + 1) % WORDS
 
         def output(query_at: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            query = turning.at(asked, query_at)
+            query = rotating.at(asked, query_at)
             scores = (query @ keys.mT) / keys.shape[3] ** 0.5
             weights = scores.masked_fill(~view.is_token[:, None, None], -math.inf).softmax(dim=-1)
-            attended: Tensor = weights.nan_to_num() @ values  # a row of nothing but pads attends to nothing
+            attended: Tensor = weights.nan_to_num() @ values  # a row of padding alone attends to nothing
             return attended
 
-        actual = output(view.positions[:, -1:], turnings, stills)
+        actual = output(view.positions[:, -1:], rotating_states, fixed_states)
         expected = output(
-            view.in_cache[:, -1:], turning.at(view.words, view.in_cache), still.at(view.words, view.in_cache)
+            view.in_cache[:, -1:], rotating.at(view.words, view.in_cache), fixed.at(view.words, view.in_cache)
         )
         assert (actual - expected).abs().max() <= 10 * self.tolerance
 
     @property
     def tolerance(self) -> float:
-        """What the sinks and every rebase may round."""
+        """The rounding error that rotation of the sinks and every rebase may cause."""
         if self.stream.dtype is torch.bfloat16:
             return 2**-6 * (2 + self.stream.num_rebases)
         return 1e-5
@@ -247,7 +249,7 @@ class Branch:
         return Branch(copy.deepcopy(self.cache), copy.deepcopy(self.stream), copy.deepcopy(self.source))
 
     def check_unchanged(self) -> None:
-        """Whether copies take the next token as if nothing had happened, or the last update back."""
+        """Check that a copy takes the next token, or takes the last update back, as if nothing had happened."""
         for back in {0, self.stream.recorded}:
             if self.stream.can_crop(back):
                 branch = self.copied()
@@ -297,14 +299,14 @@ class SinkCacheMachine(RuleBasedStateMachine):
         return self.branch.stream
 
     def room(self, query_length: int) -> int:
-        """So many new tokens, or as many as the tables have positions for."""
+        """Limit the number of new tokens to the positions that the tables have."""
         furthest = max(row.position for row in self.stream.rows)
         return min(query_length, POSITIONS - 1 - furthest)
 
     @precondition(lambda self: self.stream.seen > 20)
     @rule(pads=paddings, dtype=dtypes, data=st.data())
     def reset(self, pads: list[int], dtype: torch.dtype, data: Any) -> None:
-        """Another stream, after a forward pass that was interrupted between two layers, perhaps."""
+        """Begin another stream, possibly after a forward pass that was interrupted between two layers."""
         reached = data.draw(st.integers(0, len(self.stream.model.layers) - 1), label="layers reached")
         if reached > 0:
             self.interrupt(reached)
@@ -327,7 +329,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.stream.is_initialized and self.stream.model.initializes_early)
     @rule()
     def initialize_early(self) -> None:
-        """As `torch.export` does it."""
+        """Initialize all layers before the first update, as `torch.export` does."""
         keys = self.stream.model.layers[0].keys
         assert keys is not None
         rows = len(self.stream.rows)
@@ -355,8 +357,8 @@ class SinkCacheMachine(RuleBasedStateMachine):
         if query_length < 1:
             return
         if mode == "inference" and self.stream.model.has_linear_layers:
-            mode = "no_grad"  # those of transformers could not be written to later
-        windowed &= not self.stream.has_gap  # which single tokens must fill first
+            mode = "no_grad"  # layers of transformers could not be written to later
+        windowed &= not self.stream.has_gap  # single tokens must fill it first
         if self.stream.hides_sinks(query_length) and not windowed:
             with pytest.raises(ValueError, match="would hide the sinks"), self.branch.lowered(query_length):
                 self.cache.get_mask_sizes(query_length, 0)
@@ -366,7 +368,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.stream.is_initialized and self.stream.is_padded)
     @rule(repeats=st.integers(2, 3), query_length=chunk_lengths)
     def read_repeated(self, repeats: int, query_length: int) -> None:
-        """Beams repeat the rows of the first prompt, and only the cache must be told so."""
+        """Beams repeat the rows of the first prompt without a call of the cache."""
         self.stream.choose([row for row in range(len(self.stream.rows)) for _ in range(repeats)])
         self.update(query_length, "no_grad")
 
@@ -400,7 +402,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
         @precondition(lambda self: self.stream.is_recording)
         @rule(query_length=chunk_lengths, data=st.data())
         def try_candidates(self, query_length: int, data: Any) -> None:
-            """As assisted decoding does."""
+            """Store candidates and take some of them back, as assisted decoding does."""
             query_length = self.room(query_length)
             self.update(query_length, "no_grad")
             self.take_back(data.draw(st.integers(0, query_length), label="rejected"))
@@ -441,22 +443,22 @@ class SinkCacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.stream.is_initialized)
     @rule(compact=st.booleans())
-    def wind_back(self, compact: bool) -> None:
-        wind_back = self.cache.compact if compact else self.cache.rebase
+    def rebase_or_compact(self, compact: bool) -> None:
+        change = self.cache.compact if compact else self.cache.rebase
         if not self.stream.model.can_rebase:
             with pytest.raises(NotImplementedError, match="cannot be rebased"):
-                wind_back()
+                change()
             self.branch.check_unchanged()
         else:
-            wind_back()
+            change()
             self.stream.compact() if compact else self.stream.rebase()
 
     # --- copies
 
     @precondition(lambda self: self.stream.is_initialized)
     @rule(copied=st.booleans())
-    def go_on_with_another(self, copied: bool) -> None:
-        """With a copy, or with what an earlier copy was made of."""
+    def continue_with_another(self, copied: bool) -> None:
+        """Continue with a copy, or with the original of an earlier copy."""
         other = self.branch.copied() if copied or self.other is None else self.other
         self.other, self.branch = self.branch, other
 
@@ -468,7 +470,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
             self.cache.save(path)
             self.branch.cache = SinkCache.load(path, self.stream.model.config)
 
-    # --- what is refused changes nothing
+    # --- refused calls change nothing
 
     @precondition(lambda self: self.stream.is_initialized)
     @rule(
@@ -479,7 +481,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
         if layer.keys is None or layer.values is None or layer.indexer is not None:
             return
         if layer.sliding_window is not None and wrong not in ("dtype", "rows"):
-            return  # it is not ours
+            return  # layers of transformers check less
         keys, values = (
             torch.randn(rows, kind.num_heads, query_length, kind.dim, dtype=self.stream.dtype)
             for kind in (layer.keys, layer.values)
@@ -511,15 +513,15 @@ class SinkCacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.stream.is_initialized and not self.stream.is_padded)
     @rule()
     def refuse_pads_that_nobody_announced(self) -> None:
-        """Where states turn, two equal ones at the start can only be pads; layers before took them already."""
-        turning = [i for i, layer in enumerate(self.stream.model.layers) if layer.is_ring and layer.turns]
-        if turning:
+        """Two equal rotating states at the start can only be padding; earlier layers have stored them already."""
+        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.is_ring and layer.rotates]
+        if rotating:
             words = torch.tensor([[PAD, PAD, 5]] * len(self.stream.rows))
             with torch.no_grad():
-                for i in range(turning[0]):
+                for i in range(rotating[0]):
                     self.branch.update_layer(i, words, (words > PAD).long())
                 with pytest.raises(ValueError, match="as only padding does"):
-                    self.branch.update_layer(turning[0], words, (words > PAD).long())
+                    self.branch.update_layer(rotating[0], words, (words > PAD).long())
             assert not self.cache.is_initialized
 
     # --- always
@@ -529,9 +531,15 @@ class SinkCacheMachine(RuleBasedStateMachine):
         self.branch.check_counts()
 
 
-TestSinkCacheMachine = SinkCacheMachine.TestCase
+class ShortSinkCacheMachine(SinkCacheMachine):
+    """The same with fewer caches."""
 
 
-TestSinkCacheMachine.settings = settings(
-    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, print_blob=True
-)
+def machine_settings(examples: int) -> settings:
+    return settings(max_examples=examples, stateful_step_count=STEPS, deadline=None, print_blob=True)
+
+
+TestSinkCacheMachine = pytest.mark.exhaustive(SinkCacheMachine.TestCase)
+TestSinkCacheMachine.settings = machine_settings(EXAMPLES)
+TestShortSinkCacheMachine = ShortSinkCacheMachine.TestCase
+TestShortSinkCacheMachine.settings = machine_settings(FEW_EXAMPLES)

@@ -1,4 +1,4 @@
-"""Models whose layers differ from one another: some become rings, others stay as they are."""
+"""Models with layers of several kinds: some become rings, others keep their own kind."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_only_sliding_layers_wider_than_the_window_become_rings() -> None:
 
 
 def test_layers_with_chunked_attention_do_not_become_rings() -> None:
-    """Their chunks begin at absolute positions, whatever is evicted."""
+    """Their chunks begin at absolute positions, which eviction would shift."""
     config = Llama4TextConfig(
         num_hidden_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=97,
         intermediate_size=32, intermediate_size_mlp=32, attention_chunk_size=64, max_position_embeddings=4096,
@@ -31,7 +31,7 @@ def test_layers_with_chunked_attention_do_not_become_rings() -> None:
 
 
 def test_a_chunk_so_long_that_the_sliding_window_hides_the_sinks_is_refused() -> None:
-    config = build_config("mistral-sliding", num_hidden_layers=1)  # slides over 64 tokens
+    config = build_config("mistral-sliding", num_hidden_layers=1)  # a sliding window of 64 tokens
     model, cache = build_model(config), SinkCache(config, 16, 4)
     with torch.no_grad():
         model(random_ids(100), **{CACHE: cache})

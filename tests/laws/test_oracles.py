@@ -1,4 +1,4 @@
-"""Logits through a full SinkCache against statements of truth that know nothing of it."""
+"""Logits with a full SinkCache equal those of oracles that know nothing about it."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ EDGES = [(16, 4), (16, 0), (16, 15), (2, 1), (1, 0)]
 
 
 def without_cache(model: Any, ids: Tensor, held: list[int], new: list[int]) -> Tensor:
-    """Logits of the `new` tokens when the model is given exactly the `held` ones before them, and no cache."""
+    """Logits of the `new` tokens if the model reads exactly the `held` tokens and these, without a cache."""
     logits: Tensor = model(ids[:, held + new], use_cache=False).logits[:, -len(new) :]
     return logits
 
 
 def kept(seen: int, window_length: int, num_sink_tokens: int) -> list[int]:
-    """The first tokens and the last ones of `seen`, `window_length` in all."""
+    """The tokens that a window keeps of `seen` tokens: the first and the last ones."""
     tokens = list(range(seen))
     if seen <= window_length:
         return tokens
@@ -34,7 +34,7 @@ def kept(seen: int, window_length: int, num_sink_tokens: int) -> list[int]:
 def test_one_layer_decodes_as_if_only_the_kept_tokens_existed(
     architecture: str, window_length: int, num_sink_tokens: int
 ) -> None:
-    """In one layer keys and values depend on their token alone, so the evicted ones must leave no trace."""
+    """In one layer keys and values depend on their token alone, so evicted tokens leave no trace."""
     model = tiny_model(architecture, num_hidden_layers=1)
     ids = random_ids(3 * window_length + 5, batch_size=2)
     cache = SinkCache(model.config, window_length, num_sink_tokens)
@@ -79,7 +79,7 @@ def test_a_first_prompt_longer_than_the_window_gets_full_attention(architecture:
 @pytest.mark.parametrize(("window_length", "num_sink_tokens"), EDGES)
 @torch.no_grad()
 def test_many_layers_follow_the_papers_rule(window_length: int, num_sink_tokens: int) -> None:
-    """With depth a kept token remembers what it saw before; only an implementation of the rule can tell what."""
+    """In several layers the states of a kept token depend on evicted tokens: only the reference knows how."""
     config = build_config("llama", num_hidden_layers=4)
     model = build_model(config, scale=2.0)
     reference = StreamingLlama(build_model(config, scale=2.0).double(), window_length, num_sink_tokens)

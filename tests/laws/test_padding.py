@@ -1,4 +1,4 @@
-"""In a batch with padding on the left every row is what it is alone."""
+"""In a batch with left padding every row gets the logits of the row alone."""
 
 import copy
 from typing import Any
@@ -73,7 +73,7 @@ def test_compact_does_not_change_the_logits_of_padded_rows(steps: int) -> None:
 
 
 def test_padding_that_a_chunked_layer_still_holds_stays_hidden() -> None:
-    """A chunk of Llama 4 is longer than the window, whose last pad is gone long before."""
+    """A chunk of Llama 4 is longer than the window, so its layers hold padding that the rings have evicted."""
     config = transformers.Llama4TextConfig(
         num_hidden_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=97,
         intermediate_size=32, intermediate_size_mlp=32, attention_chunk_size=256, max_position_embeddings=4096,

@@ -1,4 +1,4 @@
-"""Positions where the model changes or ends: wound back in time, or refused."""
+"""Where a model changes its behavior with the position, positions are rebased in time, or the update is refused."""
 
 from typing import Any
 
@@ -29,12 +29,16 @@ ENDING: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", ENDING)
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 9}, {"num_beams": 2}], ids=["", "chunks", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefill_chunk_size": 9}, pytest.param({"num_beams": 2}, marks=pytest.mark.exhaustive)],
+    ids=["", "chunks", "beams"],
+)
 @pytest.mark.parametrize("lengths", [[10], [60], [4, 30, 70]], ids=["short", "long", "padded"])
-def test_sink_generate_winds_positions_back_before_they_end(
+def test_sink_generate_rebases_positions_before_they_end(
     name: str, options: dict[str, Any], lengths: list[int]
 ) -> None:
-    """Five times past the end each step is that of one layer on the kept tokens alone, without a cache."""
+    """Up to five times the limit, each step of one layer equals the model on the kept tokens without a cache."""
     architecture, changes = ENDING[name]
     model = build_model(build_config(architecture, num_hidden_layers=1, **changes))
     rows, ids, mask = padded(lengths)
@@ -46,7 +50,7 @@ def test_sink_generate_winds_positions_back_before_they_end(
             seen = row.shape[1] + t
             held = list(range(seen)) if seen <= W else [*range(S), *range(seen - W + S, seen)]
             if seen > W and t == 0 and max(lengths) <= 39 and not options.get("prefill_chunk_size"):
-                held = list(range(seen))  # the prompt is read at once
+                held = list(range(seen))  # the prompt is read in one forward pass
             logits = model(text[:, held], use_cache=False).logits[:, -1]
             if options.get("num_beams"):
                 steps += float(logits.log_softmax(-1)[0, text[0, seen]])
@@ -69,7 +73,7 @@ def test_a_custom_loop_and_plain_generate_are_refused_where_positions_end(name: 
     with pytest.raises(ValueError, match="`query_length` must be at most 0 after 40 tokens, got 1: .* `sink_generate`"):
         by_token(model, random_ids(60), cache)
     assert cache.get_seq_length() == 40
-    if name != "longrope":  # Phi-3's own `prepare_inputs_for_generation` drops any cache there
+    if name != "longrope":  # `prepare_inputs_for_generation` of Phi-3 drops any cache at the limit
         cache = SinkCache(model.config, W, S)
         with pytest.raises(ValueError, match="after 40 tokens"):
             model.generate(random_ids(10), **{CACHE: cache}, max_new_tokens=60, eos_token_id=None)
@@ -86,7 +90,7 @@ def test_a_model_that_counts_positions_itself_ends_with_a_clear_error() -> None:
         sink_generate(model, random_ids(10).clamp(min=1), max_new_tokens=60, **NEW_STREAM)
 
 
-def test_plain_generate_refuses_a_cache_whose_positions_were_wound_back() -> None:
+def test_plain_generate_refuses_a_cache_with_rebased_positions() -> None:
     architecture, changes = ENDING["dynamic"]
     model = build_model(build_config(architecture, num_hidden_layers=1, **changes))
     output: Any = sink_generate(model, random_ids(10).clamp(min=1), max_new_tokens=60, **NEW_STREAM)
@@ -98,7 +102,7 @@ def test_plain_generate_refuses_a_cache_whose_positions_were_wound_back() -> Non
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": -2}, {"misspelt": 1}, {"rows": 3}])
-def test_a_refused_call_winds_nothing_back(wrong: dict[str, Any]) -> None:
+def test_a_refused_call_does_not_rebase(wrong: dict[str, Any]) -> None:
     model = build_model(build_config("gptj", num_hidden_layers=1, max_position_embeddings=64))
     first: Any = sink_generate(model, random_ids(50).clamp(min=1), max_new_tokens=4, **NEW_STREAM)
     options = {"max_new_tokens": 5, **OPTIONS, **wrong}
@@ -139,7 +143,7 @@ def test_an_update_that_would_reach_the_position_limit_is_refused() -> None:
 
 
 def test_a_rotation_given_as_argument_equals_the_measured_one() -> None:
-    """For models that cannot be measured, such as those with code of their own."""
+    """A rotation is given for models that cannot be measured, such as custom models."""
     model = build_model(build_config("llama", num_hidden_layers=2))
     measured = SinkCache(model.config, 8, 2)
     inv_freq = 10000.0 ** -(torch.arange(0, 16, 2) / 16)

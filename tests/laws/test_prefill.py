@@ -28,7 +28,7 @@ def test_chunks_give_the_logits_of_single_tokens(architecture: str, chunk_size: 
         assert relative_error(logits[i : i + 1, 70 - row.shape[1] :], expected[i]) < 1e-4
     assert cache.get_seq_length() == 70
     assert cache.kept_length == W
-    # The stream goes on as if nothing had happened.
+    # The stream continues exactly.
     whole = torch.ones(3, 71, dtype=torch.long)
     whole[:, :70] = mask
     positions = whole.sum(dim=1, keepdim=True) - 1
@@ -50,7 +50,7 @@ def test_chunks_are_exact_with_no_sinks_and_with_almost_only_sinks(num_sink_toke
 
 @pytest.mark.parametrize("before", [1, 3, 5, 11])
 def test_chunks_are_exact_after_a_few_single_tokens(before: int) -> None:
-    """Fewer than there are sinks, too."""
+    """Also after fewer tokens than there are sinks."""
     model, ids = tiny_model("llama", num_hidden_layers=2), random_ids(60)
     cache = SinkCache(model.config, W, S)
     first, rest = prefilled(model, ids[:, :before], cache, 1), prefilled(model, ids[:, before:], cache, 13)
@@ -90,7 +90,9 @@ def test_a_prompt_longer_than_the_model_positions_is_read_in_chunks_by_default()
     output: Any = sink_generate(model, ids, max_new_tokens=5, **NEW_STREAM)
     expected = by_token(model, output.sequences)[:, 64:-1]
     assert relative_error(torch.stack(output.logits, dim=1), expected) < 1e-4
-    output = sink_generate(model, ids[:, :64], max_new_tokens=5, **NEW_STREAM)  # and a shorter one at once
+    output = sink_generate(
+        model, ids[:, :64], max_new_tokens=5, **NEW_STREAM
+    )  # a shorter prompt is read in one forward pass
     assert relative_error(torch.stack(output.logits, dim=1), scored(model, output.sequences, 64)) < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""A stream that is resumed from a file is bitwise the one that never stopped."""
+"""A stream that is resumed from a file is bitwise equal to one that never stopped."""
 
 import copy
 import threading
@@ -20,7 +20,6 @@ from ..support.versions import RECORDS_PAST
 
 NAMES = ["llama", "cohere", "gptj", "deepseek_v3", "smollm3", "mistral-sliding", "mpt", *MIXED, *sorted(LATER)]
 
-
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
@@ -30,8 +29,8 @@ def recorded(model: Any, cache: SinkCache) -> None:
     read_random(model, cache, [4])
 
 
-def go_on(model: Any, cache: SinkCache) -> list[Tensor]:
-    if RECORDS_PAST and cache.is_recording_past(0):  # early transformers 5 never does
+def continued(model: Any, cache: SinkCache) -> list[Tensor]:
+    if RECORDS_PAST and cache.is_recording_past(0):  # early transformers 5 does not record
         cache.crop(-2)
         cache.deactivate_past_recording()
     return read_random(model, cache, [1, 1, 3, 1, 20, *[1] * 15], seed=1)
@@ -42,7 +41,7 @@ def cropped(model: Any, cache: SinkCache) -> None:
     cache.crop(-4)
 
 
-def wound_back(model: Any, cache: SinkCache) -> None:
+def rebased(model: Any, cache: SinkCache) -> None:
     read_random(model, cache, [20, 1, 1])
     cache.rebase()
 
@@ -66,7 +65,7 @@ MOMENTS: dict[str, Callable[[Any, SinkCache], object]] = {
     "past it": lambda model, cache: read_random(model, cache, [W + 5, *[1] * 9, 4]),
     "after a crop": cropped,
     "while candidates may be taken back": recorded,
-    "after winding back": wound_back,
+    "after a rebase": rebased,
     "after compaction": compacted,
     "with three rows": repeated,
 }
@@ -77,8 +76,8 @@ MOMENTS: dict[str, Callable[[Any, SinkCache], object]] = {
 def test_a_resumed_stream_is_bitwise_equal_to_one_that_never_stopped(name: str, moment: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     cache = SinkCache(model.config, W, S)
-    if moment in ("after winding back", "after compaction") and not cache.can_rebase:
-        pytest.skip("its positions cannot be wound back")
+    if moment in ("after a rebase", "after compaction") and not cache.can_rebase:
+        pytest.skip("its positions cannot be rebased")
     if moment in ("after a crop", "while candidates may be taken back"):
         if any(type(layer) is not SinkLayer for layer in cache.layers) and name != "deepseek_v32":
             pytest.skip("its other layers cannot take tokens back")
@@ -88,7 +87,7 @@ def test_a_resumed_stream_is_bitwise_equal_to_one_that_never_stopped(name: str, 
     cache.save(tmp_path / "stream")
     resumed = SinkCache.load(tmp_path / "stream", model.config)
     assert (resumed.get_seq_length(), resumed.kept_length) == (cache.get_seq_length(), cache.kept_length)
-    for mine, others in zip(go_on(model, resumed), go_on(model, cache), strict=True):
+    for mine, others in zip(continued(model, resumed), continued(model, cache), strict=True):
         assert torch.equal(mine, others)
     assert resumed.get_seq_length() == cache.get_seq_length()
 
@@ -101,7 +100,7 @@ def test_half_precision_is_resumed_bitwise(dtype: torch.dtype, tmp_path: Path) -
     read_random(model, cache, [20, 1, 1])
     cache.save(tmp_path / "stream")
     resumed = SinkCache.load(tmp_path / "stream", model.config)
-    for mine, others in zip(go_on(model, resumed), go_on(model, cache), strict=True):
+    for mine, others in zip(continued(model, resumed), continued(model, cache), strict=True):
         assert torch.equal(mine, others)
 
 
@@ -137,9 +136,9 @@ def test_a_save_changes_nothing_and_a_loaded_cache_shares_nothing(tmp_path: Path
     cache.save(tmp_path / "stream")
     first = SinkCache.load(tmp_path / "stream", model.config)
     read_random(model, first, [7])
-    cache.save(tmp_path / "stream")  # over the file that `first` came from
+    cache.save(tmp_path / "stream")  # over the file that `first` was loaded from
     read_random(model, first, [7])
-    for mine, others in zip(go_on(model, cache), go_on(model, untouched), strict=True):
+    for mine, others in zip(continued(model, cache), continued(model, untouched), strict=True):
         assert torch.equal(mine, others)
 
 
@@ -153,12 +152,12 @@ def test_a_rotation_given_as_argument_is_resumed(tmp_path: Path) -> None:
     rotation = rotation_of(resumed.layers[0])
     assert rotation is not None
     assert torch.equal(rotation.inv_freq, Rotation(inv_freq).inv_freq)
-    for mine, others in zip(go_on(model, resumed), go_on(model, cache), strict=True):
+    for mine, others in zip(continued(model, resumed), continued(model, cache), strict=True):
         assert torch.equal(mine, others)
 
 
 def test_a_save_during_a_forward_pass_is_whole_or_refused(tmp_path: Path) -> None:
-    """Another thread feeds the cache all the time: no file may hold half of a pass."""
+    """Another thread updates the cache without a pause; no file holds half of a forward pass."""
     model = tiny_model("llama")
     cache, ended, path = SinkCache(model.config, W, S), threading.Event(), tmp_path / "stream"
     read_random(model, cache, [20])
@@ -187,7 +186,7 @@ def test_a_save_during_a_forward_pass_is_whole_or_refused(tmp_path: Path) -> Non
         ended.set()
         thread.join()
     cache.save(path)
-    for mine, others in zip(go_on(model, SinkCache.load(path, model.config)), go_on(model, cache), strict=True):
+    for mine, others in zip(continued(model, SinkCache.load(path, model.config)), continued(model, cache), strict=True):
         assert torch.equal(mine, others)
 
 
@@ -198,12 +197,12 @@ def test_a_stream_loaded_in_inference_mode_continues_outside_of_it(tmp_path: Pat
     cache.save(tmp_path / "stream")
     with torch.inference_mode():
         resumed = SinkCache.load(tmp_path / "stream", model.config)
-    for mine, others in zip(go_on(model, resumed), go_on(model, cache), strict=True):
+    for mine, others in zip(continued(model, resumed), continued(model, cache), strict=True):
         assert torch.equal(mine, others)
 
 
 def test_a_deep_copy_and_a_loaded_file_give_the_same_logits(tmp_path: Path) -> None:
-    """A stream of chunks with a window for each token, continued from a deep copy and from a file."""
+    """A stream of windowed chunks is continued from a deep copy and from a file."""
     model = tiny_model("llama")
     cache = SinkCache(model.config, W, S)
     for _ in sink_prefill(model, random_ids(100), cache, 7):

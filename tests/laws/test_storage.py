@@ -1,4 +1,4 @@
-"""What a cache stores and evicts, for any window, any number of sinks and any split of a stream."""
+"""What a cache stores and evicts, for any window, any number of sinks and any split into chunks."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ streams = st.lists(st.integers(1, 15), min_size=1, max_size=12)
 
 
 class PlainCache:
-    """The contract in plain Python: a list of the held tokens."""
+    """The eviction rule in plain Python: a list of the held tokens."""
 
     def __init__(self, window_length: int, num_sink_tokens: int) -> None:
         self.window_length, self.num_sink_tokens = window_length, num_sink_tokens
@@ -27,12 +27,12 @@ class PlainCache:
         self.held: list[int] = []
 
     def evict(self, tokens: list[int], length: int) -> list[int]:
-        """The sinks and the last of the other `tokens`, at most `length` in all."""
+        """The sinks and the last other tokens, at most `length` in all."""
         surplus = max(len(tokens) - length, 0)
         return tokens[: self.num_sink_tokens] + tokens[self.num_sink_tokens + surplus :]
 
     def update(self, length: int) -> tuple[list[int], list[int]]:
-        """Which tokens the next `length` tokens see, and at which positions."""
+        """The tokens that the next `length` tokens see, and the positions at which they see them."""
         chunk = list(range(self.seen, self.seen + length))
         visible = self.evict(self.held, self.window_length - 1) + chunk
         self.held = self.evict(self.held + chunk, self.window_length)
@@ -46,7 +46,7 @@ class PlainCache:
 
 
 def check_update(cache: SinkCache, plain: PlainCache, length: int, batch_size: int = 1) -> None:
-    """One update of both, which must agree on what is seen, where, and on what was announced to the mask."""
+    """Update both and check that they agree on the visible tokens, their positions and the size of the mask."""
     announced = [cache.get_mask_sizes(length, layer_idx) for layer_idx in range(len(cache))]
     new = list(range(plain.seen, plain.seen + length))
     visible, positions = plain.update(length)
@@ -96,7 +96,7 @@ def test_exactly_the_first_and_the_last_tokens_are_held(window: tuple[int, int],
 def test_the_split_into_chunks_does_not_change_the_held_states(
     window: tuple[int, int], stream: list[int], repeats: int, data: st.DataObject
 ) -> None:
-    """The next token sees bitwise the same, whatever chunks came before and however the batch was rearranged."""
+    """The next token sees bitwise the same states after any chunks and any change of the batch."""
     length = sum(stream)
     config = build_config("llama", num_hidden_layers=1)
     chunked, single = SinkCache(config, *window), SinkCache(config, *window)
@@ -132,9 +132,9 @@ def test_an_empty_update_does_not_rotate_the_stored_sinks() -> None:
         check_update(cache, plain, length)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.exhaustive)])
 def test_the_error_of_half_precision_does_not_grow_with_the_age_of_the_stream(dtype: torch.dtype) -> None:
-    """Scores against the exact keys in float64 over 10,000 updates: rotating again and again would add up errors."""
+    """Scores are compared with exact ones in float64; repeated rotation of the same keys would add up errors."""
     window_length, num_sink_tokens, head_dim = 64, 4, 64
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=head_dim, head_dim=head_dim)
     rotation = derive_positions(config, [0]).rotations[0]

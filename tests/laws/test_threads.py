@@ -1,4 +1,4 @@
-"""Streams that run through one model in several threads do not affect each other."""
+"""Streams in several threads through one model do not affect each other."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +15,7 @@ from ..support.streams import NEW_STREAM, S, W, by_token, prefilled
 
 @pytest.mark.parametrize("architecture", ["llama", "gptj"])
 def test_streams_in_several_threads_through_one_model_are_what_they_are_alone(architecture: str) -> None:
-    """Token by token, in chunks, and by `generate`, all at the same time; positions of one model end at 40."""
+    """Each thread reads token by token, in chunks, and with `generate`; positions of GPT-J end at 40."""
     model = build_model(build_config(architecture, max_position_embeddings=40))
 
     @torch.no_grad()

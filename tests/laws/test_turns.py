@@ -1,4 +1,4 @@
-"""A stream goes on in further calls, whether these are given the whole text or the new tokens only."""
+"""A stream continues in further calls, which get the whole text or only the new tokens."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 @pytest.mark.parametrize("lengths", [[10], [3, 12]], ids=["one row", "padded"])
 def test_the_whole_text_and_the_new_tokens_alone_give_the_same_turn(lengths: list[int]) -> None:
-    """Whole conversation or new tokens only, with a mask over all of it or without: turn for turn past the window."""
+    """Three turns past the window, with a mask of the whole text or without one."""
     model = tiny_model("llama", num_hidden_layers=2)
     _, ids, mask = padded(lengths)
     first: Any = sink_generate(model, ids, attention_mask=mask, max_new_tokens=12, **NEW_STREAM)

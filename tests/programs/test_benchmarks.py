@@ -1,4 +1,4 @@
-"""The benchmarks run, and their page says what was measured."""
+"""The benchmarks run, and their page shows the measured figures."""
 
 import os
 import shutil
@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import page
+
+pytestmark = [pytest.mark.docs, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]
 

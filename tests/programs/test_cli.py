@@ -1,4 +1,4 @@
-"""The command line, in processes of its own, and its chat in a real terminal."""
+"""The command line runs in processes, and its chat in a real terminal."""
 
 import csv
 import os
@@ -22,10 +22,12 @@ from ..support.models import CACHE
 from ..support.programs import COMMAND, ENVIRONMENT
 from ..support.tokenizer import byte_tokenizer, chat_model
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model that never ends its answers."""
+    """A folder with a model whose answers never end by themselves."""
     path = tmp_path_factory.mktemp("model")
     model = chat_model(eos_token_id=None)
     model.save_pretrained(path)
@@ -147,11 +149,11 @@ def test_perplexity_writes_curves_and_a_table(folder: Path, text: Path, tmp_path
 
 
 class Terminal:
-    """A process in a terminal of its own."""
+    """A process in its own terminal."""
 
     def __init__(self, *arguments: object, directory: Path) -> None:
         self.screen, inside = pty.openpty()
-        # The terminal becomes that of a new session, so that its keys are signals, and those are not ignored.
+        # The terminal controls a new session, so that its keys become signals; the process does not ignore them.
         take_it = (
             "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
             "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
@@ -164,7 +166,7 @@ class Terminal:
         self._unread = ""
 
     def read_until(self, words: str, seconds: float = 120) -> str:
-        """What appeared until `words` did, these included."""
+        """Return the output up to and including `words`."""
         end = time.monotonic() + seconds
         while words not in self._unread:
             assert time.monotonic() < end, f"{words!r} did not appear: {self._unread!r}"

@@ -1,4 +1,4 @@
-"""The error paths of the demo, in a process of its own as a user meets them."""
+"""The demo reports errors in one line."""
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.processes
 
 
 def run(*command: str, directory: Path) -> subprocess.CompletedProcess[str]:

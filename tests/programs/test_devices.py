@@ -1,4 +1,4 @@
-"""A model on several devices says what it says on one, and every layer keeps its ring where its states are."""
+"""A model on several devices gives the results of one device, and every layer keeps its ring with its states."""
 
 import os
 import re
@@ -23,14 +23,16 @@ from ..support.models import CACHE, build_config, build_model, relative_error
 from ..support.streams import S, W
 from ..support.tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-# With two heads of keys, one for each of two processes.
+# They have two heads of keys, one for each of two processes.
 ARCHITECTURES = ["llama", "qwen3"]
 
 
 def launched(command: list[str], processes: int) -> str:
-    """What a command prints that starts so many processes."""
+    """Run a command that starts several processes; return what it prints."""
     hidden = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **hidden}
     with subprocess.Popen(
@@ -38,7 +40,7 @@ def launched(command: list[str], processes: int) -> str:
     ) as launcher:
         try:
             printed, errors = launcher.communicate(timeout=240)
-        finally:  # a launcher that is asked to end ends what it started
+        finally:  # SIGTERM makes the launcher end its processes
             if launcher.poll() is None:
                 launcher.send_signal(signal.SIGTERM)
     assert launcher.returncode == 0, (command, printed[-500:], errors[-3000:])
@@ -50,7 +52,7 @@ def launched(command: list[str], processes: int) -> str:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By architecture, what came of each stream in one process, and in each of two."""
+    """The results of each stream in one process and in each of two processes, by architecture."""
     target = tmp_path_factory.mktemp("shared")
     folders = {name: str(target / name) for name in ARCHITECTURES}
     for name, folder in folders.items():
@@ -92,7 +94,7 @@ def test_a_file_with_the_heads_of_another_process_is_refused(shared: Any) -> Non
     assert shared["refusals"][1] == "", "it is its own"
 
 
-# --- layers on several devices, or in the memory of none
+# --- layers on several devices, or on the disk
 
 
 BEGIN, END = ("model.embed_tokens", "model.rotary_emb"), ("model.norm", "lm_head")
@@ -162,12 +164,12 @@ def test_a_model_on_two_gpus_gives_the_results_of_one(four_layers: str, monkeypa
     assert transfers.found == []
 
 
-# --- the examples, as their first lines launch them
+# --- examples, started as their docstrings say
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model with as many heads as that of the demo, for two processes and for three."""
+    """A model whose heads can be divided among two and among three processes."""
     path = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 264}
     build_model(build_config("llama", num_hidden_layers=2, **sizes)).save_pretrained(path)
@@ -200,7 +202,7 @@ def test_an_example_prints_the_same_in_one_and_in_several_processes(
         assert options[-1] == f"examples/{example}"
         if launcher == "torchrun":
             command = ["torch.distributed.run", *options]
-        else:  # which starts one process if it finds no GPUs and is not told that there are some
+        else:  # without `--multi_gpu` it starts one process if it finds no GPUs
             more = ["--multi_gpu", "--main_process_port", "0"]
             command = ["accelerate.commands.accelerate_cli", "launch", *more, *options[1:]]
         printed = launched([sys.executable, "-m", *command, folder], processes=int(options[2]))

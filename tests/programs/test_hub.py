@@ -1,4 +1,4 @@
-"""The repository for the Hub, from its local folder, and what older projects' users meet."""
+"""The repository for the Hub works from its local folder, and imports of older versions get an answer."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "hub"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The folder without its requirements, which name a version that may not be installed yet."""
+    """A copy of the folder without its requirements, which name a version that may not be installed yet."""
     shutil.copytree(FOLDER, tmp_path / "sinks")
     (tmp_path / "sinks/custom_generate/requirements.txt").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

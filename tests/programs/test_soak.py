@@ -1,9 +1,13 @@
-"""The short form of `python -m benchmarks.soak`: nothing grows along a stream, in a process of its own."""
+"""Nothing grows along a stream: the short form of `python -m benchmarks.soak`, in a process."""
 
 import csv
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.docs, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +19,7 @@ def test_memory_and_error_are_flat_along_a_stream(tmp_path: Path) -> None:
     with (tmp_path / "soak.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 20
-    assert int(rows[-1]["tokens"]) >= 60_000, "positions are wound back on the way"
+    assert int(rows[-1]["tokens"]) >= 60_000, "positions are rebased on the way"
     warm = rows[4:]
     assert max(float(row["MiB"]) for row in warm) < float(warm[0]["MiB"]) + 4
     objects = [int(row["objects"]) for row in warm]

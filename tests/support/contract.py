@@ -1,4 +1,4 @@
-"""The contract of a `SinkCache` in plain Python: a model of it that remembers every token ever fed."""
+"""The contract of a `SinkCache` in plain Python: a model that remembers every token ever fed."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ class Rope(NamedTuple):
 
 
 class States(NamedTuple):
-    """The states that a layer caches for a word, `[num_heads, dim]`; `rope` turns the first dimensions, if any."""
+    """The states `[num_heads, dim]` that a layer caches for a word; `rope` rotates the first dimensions."""
 
     seed: int
     num_heads: int
@@ -41,28 +41,28 @@ class States(NamedTuple):
     rope: Rope | None = None
 
     def at(self, words: Tensor, positions: Tensor) -> Tensor:
-        """Words and positions `[batch_size, length]` as states `[batch_size, num_heads, length, dim]` in float64."""
+        """States `[batch_size, num_heads, length, dim]` in float64 for words and positions `[batch_size, length]`."""
         by_word = table(self)
         return by_word[words, positions if self.rope is not None else torch.zeros_like(positions)].transpose(1, 2)
 
 
 @cache
 def table(states: States) -> Tensor:
-    """`[WORDS, POSITIONS, num_heads, dim]`, or a single position of states that carry none."""
+    """All states, `[WORDS, POSITIONS, num_heads, dim]`; one position is enough for states without rotation."""
     generator = torch.Generator().manual_seed(states.seed)
-    born = torch.randn(WORDS, 1, states.num_heads, states.dim, generator=generator, dtype=torch.float64)
+    unrotated = torch.randn(WORDS, 1, states.num_heads, states.dim, generator=generator, dtype=torch.float64)
     if states.rope is None:
-        return born
+        return unrotated
     dim, interleaved, theta = states.rope
-    # Frequencies as the models round them.
+    # Frequencies are rounded as models round them.
     frequencies = (1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)).double()
     angles = torch.arange(POSITIONS)[:, None, None] * frequencies
-    turning = born[..., :dim]
-    pairs = turning.unflatten(-1, (-1, 2)) if interleaved else turning.unflatten(-1, (2, -1)).transpose(-1, -2)
-    turns = torch.complex(angles.cos(), angles.sin())
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
-    turned = turned if interleaved else turned.transpose(-1, -2)
-    return torch.cat([turned.flatten(-2), born[..., dim:].expand(-1, POSITIONS, -1, -1)], dim=-1)
+    rotating = unrotated[..., :dim]
+    pairs = rotating.unflatten(-1, (-1, 2)) if interleaved else rotating.unflatten(-1, (2, -1)).transpose(-1, -2)
+    rotation = torch.complex(angles.cos(), angles.sin())
+    rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation)
+    rotated = rotated if interleaved else rotated.transpose(-1, -2)
+    return torch.cat([rotated.flatten(-2), unrotated[..., dim:].expand(-1, POSITIONS, -1, -1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Layer:
     """What a layer of a model caches.
 
     Args:
-        keys, values: its states; None without attention.
-        sliding_window: that of a layer that stays as it is, narrower than the window of the cache.
-        indexer: the keys by which it selects tokens.
-        conv, recurrent: whether it has such states.
+        keys, values: the states of its attention; None without attention.
+        sliding_window: the window of a layer that does not become a ring; narrower than that of the cache.
+        indexer: the keys by which an indexer selects tokens.
+        conv, recurrent: True if it has states of a convolution, or recurrent ones.
     """
 
     keys: States | None = None
@@ -84,7 +84,7 @@ class Layer:
     recurrent: bool = False
 
     @property
-    def turns(self) -> bool:
+    def rotates(self) -> bool:
         return any(states is not None and states.rope is not None for states in (self.keys, self.values))
 
     @property
@@ -97,9 +97,9 @@ class Model:
     config: PreTrainedConfig
     layers: list[Layer]
     shortest_window: int = 1
-    # The model's own sliding window where it is wider than that of the cache, whose mask hides what is further back.
+    # The sliding window of the model if it is wider than that of the cache. Its mask hides tokens further back.
     sliding_window: float = math.inf
-    # Whether attention counts tokens instead of positions, and needs them in order always.
+    # True if attention counts tokens instead of positions, and always needs them in order.
     in_order: bool = False
 
     @property
@@ -113,8 +113,8 @@ class Model:
 
     @property
     def initializes_early(self) -> bool:
-        """Whether keys and values have one form, the only one that `early_initialization` knows."""
-        if self.has_linear_layers:  # they do not take part
+        """True if keys and values have the same shape, which `early_initialization` assumes."""
+        if self.has_linear_layers:  # linear layers do not take part
             return False
         return all(layer.keys and layer.values and layer.keys.dim == layer.values.dim for layer in self.layers)
 
@@ -128,7 +128,7 @@ def attention(seed: int, rope: Rope | None, dim: int = 16, num_heads: int = 2, *
 
 
 def latent_attention(seed: int, **more: Any) -> Layer:
-    """The rotating part of the keys of multi-head latent attention is cached as values."""
+    """Multi-head latent attention caches the rotating part of its keys as values."""
     return Layer(States(seed, 1, 16), States(seed + 10, 1, 8, Rope(8)), **more)
 
 
@@ -199,7 +199,7 @@ MODELS = build_models()
 
 
 class Token(NamedTuple):
-    """A token as it was fed. `exact` while its states are those of its birth, not rounded by a rebase."""
+    """A token as it was fed; `exact` is True until a rebase rounds its states."""
 
     word: int
     position: int
@@ -208,7 +208,7 @@ class Token(NamedTuple):
 
 
 class View:
-    """What a query sees of each row, and where attention takes it to be: `[batch_size, kv_length]`, holes first."""
+    """The words that a query sees and their positions, `[batch_size, kv_length]`; empty places come first."""
 
     def __init__(self, tokens: list[list[Token]], ends: list[int], kv_length: int) -> None:
         def filled(numbers: Callable[[int, list[Token]], list[int]]) -> Tensor:
@@ -216,13 +216,13 @@ class View:
             return torch.tensor([[0] * (kv_length - len(row)) + row for row in rows], dtype=torch.long)
 
         self.words = filled(lambda _, seen: [token.word for token in seen])
-        # Attention takes what is seen as contiguous, up to the query itself.
+        # Attention sees the tokens as contiguous, up to the query itself.
         self.positions = filled(lambda row, seen: [*range(ends[row] + 1 - len(seen), ends[row] + 1)])
         self.in_cache = filled(lambda _, seen: [*range(len(seen))])
         self.is_token = filled(lambda _, seen: [1] * len(seen)).bool()
-        born = filled(lambda _, seen: [token.position if token.exact else -1 for token in seen])
-        # A state that need not turn is that of its birth, bitwise.
-        self.is_exact = self.is_token & (born == self.positions)
+        fed = filled(lambda _, seen: [token.position if token.exact else -1 for token in seen])
+        # A state that is not rotated is bitwise the one that was fed.
+        self.is_exact = self.is_token & (fed == self.positions)
 
 
 @dataclass
@@ -230,11 +230,11 @@ class Row:
     """One sequence of a batch.
 
     Args:
-        pads: how many columns of padding it begins with.
+        pads: the number of pads that it begins with.
         fed: every column ever fed, pads included.
         held: the tokens that a ring holds.
-        recorded: those of the last update, while it can be taken back whatever it evicts.
-        position: where the model is told that the next token stands.
+        recorded: the tokens of the last update, while it can be taken back completely.
+        position: the position of the next token, as the model gets it.
     """
 
     pads: int = 0
@@ -246,7 +246,7 @@ class Row:
 
 @dataclass
 class Stream:
-    """What a cache must hold and show, by the contract; columns are the tokens and pads of all rows."""
+    """The state that a cache must have by the contract. A column is a token or a pad of each row."""
 
     model: Model
     window_length: int
@@ -256,10 +256,10 @@ class Stream:
     dtype: torch.dtype = torch.float32
     is_initialized: bool = False
     seen: int = 0
-    # Of the seen columns those that rings hold, and those that they have only recorded.
+    # How many columns the rings hold, and how many they have only recorded.
     held: int = 0
     recorded: int = 0
-    # Of the seen columns those that the other layers hold.
+    # How many columns the other layers hold.
     held_sliding: int = 0
     held_conv: int = CONV_KERNEL_SIZE
     is_recording: bool = False
@@ -276,7 +276,7 @@ class Stream:
 
     @property
     def num_evicted(self) -> int:
-        """How many columns were evicted, or had been when a crop left a gap."""
+        """The number of evicted columns. A crop does not bring them back, but leaves a gap."""
         return self.seen - self.recorded - self.held
 
     @property
@@ -284,26 +284,26 @@ class Stream:
         return self.kept_length < min(self.seen, self.window_length)
 
     def announced(self, layer: Layer, query_length: int, windowed: bool = False) -> tuple[int, int]:
-        """What `get_mask_sizes` must say: how many keys an update will give, and the column of the first of them."""
+        """Return what `get_mask_sizes` must return: the number of keys, and the column of the first one."""
         past = min(self.kept_length, self.window_length - 1)
         if layer.sliding_window is not None:
             past = min(self.seen, layer.sliding_window - 1)
-        if windowed:  # the sinks once for each query
+        if windowed:  # a copy of the sinks for each query
             past = min(self.seen, self.window_length - 1 - self.num_sink_tokens) + query_length * self.num_sink_tokens
         return past + query_length, self.seen - past
 
     def hides_sinks(self, query_length: int) -> bool:
-        """Whether the model's own sliding window would hide the sinks from the end of a chunk."""
+        """True if the sliding window of the model would hide the sinks from the end of a chunk."""
         past = min(self.kept_length, self.window_length - 1)
         return past > 0 and past + query_length > self.model.sliding_window
 
     def mask(self, length: int) -> Tensor:
-        """The last columns of the mask of `generate`, `[batch_size, length]`."""
+        """The last columns `[batch_size, length]` of the mask of `generate`."""
         columns = torch.arange(self.seen - length, self.seen)
         return columns >= torch.tensor([[row.pads] for row in self.rows])
 
     def new_tokens(self, query_length: int, source: random.Random) -> list[list[Token]]:
-        """The next columns of each row: other words than those in reach, or pads as `generate` gives them."""
+        """Choose the next columns of each row: words that no query sees yet, or pads."""
         chunk = []
         for row in self.rows:
             pads = max(min(row.pads - self.seen, query_length), 0)
@@ -314,7 +314,7 @@ class Stream:
         return chunk
 
     def feed(self, chunk: list[list[Token]], windowed: bool) -> list[View]:
-        """What the last query sees, or what each query does if it has a window of its own."""
+        """Add a chunk; return what its last query sees, or what each query sees in a windowed chunk."""
         query_length = len(chunk[0])
         kv_length = min(self.kept_length, self.window_length - 1) + query_length
         self.store_recorded()
@@ -339,7 +339,7 @@ class Stream:
         return views
 
     def _view(self, chunk: list[list[Token]], query_length: int, kv_length: int | None) -> View:
-        """What the last of the chunk sees if the first of its last `query_length` tokens sees exactly its window."""
+        """What the last query of a chunk sees if the first of `query_length` queries sees exactly its window."""
         tokens, ends = [], []
         for row, new in zip(self.rows, chunk, strict=True):
             before, queries = row.held + new[:-query_length], new[-query_length:]
@@ -347,7 +347,7 @@ class Stream:
             tokens.append(past + [token for token in queries if not token.is_pad])
             ends.append(row.position + sum(not token.is_pad for token in new) - 1)
             if queries[-1].is_pad:
-                tokens[-1] = []  # nobody asks for what a pad sees
+                tokens[-1] = []  # nothing is promised for a pad
         return View(tokens, ends, max(map(len, tokens)) if kv_length is None else kv_length)
 
     def store_recorded(self) -> None:
@@ -356,14 +356,14 @@ class Stream:
         self.held, self.recorded = min(self.held + self.recorded, self.window_length), 0
 
     def trim(self) -> None:
-        """Let the layers of other kinds hold no more than the next token needs."""
+        """Let layers of other kinds drop what the next token does not need."""
         self.held_conv = CONV_KERNEL_SIZE
         for layer in self.model.layers:
             if layer.sliding_window is not None and self.seen >= layer.sliding_window:
                 self.held_sliding = min(self.held_sliding, layer.sliding_window - 1)
 
     def can_crop(self, removed: int) -> bool:
-        """Whether the last columns can be taken back so that what is left is exact."""
+        """True if the last columns can be taken back exactly."""
         if removed > self.seen:
             return False
         if removed > self.recorded and self.num_evicted > 0:
@@ -410,7 +410,7 @@ class Stream:
         self.num_rebases += 1
 
     def offsets(self) -> list[int]:
-        """How much lower than `generate` counts them positions are given."""
+        """How far the positions of each row are below those that `generate` counts."""
         return [max(self.seen - row.pads, 0) - row.position for row in self.rows]
 
     def compact(self) -> None:

@@ -27,7 +27,7 @@ PLAIN: dict[str, Any] = {
     "output_logits": True,
     "return_dict_in_generate": True,
 }
-# Early transformers 5 is told so by `tp_plan` itself.
+# Early transformers 5 takes `tp_plan` as an argument of its own.
 SHARED: dict[str, Any] = (
     {"distributed_config": DistributedConfig(tp_plan="auto")}
     if hasattr(DistributedConfig, "tp_plan")
@@ -36,12 +36,12 @@ SHARED: dict[str, Any] = (
 
 
 def prompt(model: Any, length: int) -> Tensor:
-    """Random tokens `[1, length]`, none of which is that of padding, where the model begins."""
+    """Random tokens `[1, length]` without the pad token, on the first device of the model."""
     return random_ids(length, seed=length).clamp(min=1).to(model.device)
 
 
 def padded(model: Any, *lengths: int) -> tuple[Tensor, Tensor]:
-    """Rows of these lengths, padded on the left, with their mask."""
+    """Rows of these lengths with left padding, and their mask."""
     rows = [torch.nn.functional.pad(prompt(model, length), (max(lengths) - length, 0)) for length in lengths]
     ids = torch.cat(rows)
     return ids, (ids != 0).long()
@@ -52,7 +52,7 @@ def generated(output: Any) -> dict[str, Tensor]:
 
 
 def held(cache: Any) -> dict[str, Tensor]:
-    """What all layers hold, `[layers, batch_size, heads, W, head_dim]`."""
+    """The states that all layers hold, `[layers, batch_size, heads, W, head_dim]`."""
     return {
         "keys": torch.stack([layer.keys.cpu() for layer in cache.layers]),
         "values": torch.stack([layer.values.cpu() for layer in cache.layers]),
@@ -98,12 +98,12 @@ def by_windowed_chunks(model: Any) -> dict[str, Tensor]:
     cache = SinkCache(model.config, W, S, attention_mask=mask)
     outputs: list[Any] = list(sink_prefill(model, ids, cache, 11))
     logits = torch.cat([output.logits for output in outputs], dim=1)
-    # Of pads nothing is promised.
+    # Nothing is promised for pads.
     return {"logits": torch.where(mask[..., None] == 1, logits, 0), **held(cache)}
 
 
 def by_a_file(model: Any) -> dict[str, Tensor]:
-    """Half of a stream, then the rest from a file, of which each process has its own."""
+    """Half of a stream, then the rest of it from a file; each process has a file of its own."""
     cache = SinkCache(model.config, W, S)
     chunks = prompt(model, 60).split([20, *[1] * 40], dim=1)
     logits = [model(chunk, **{CACHE: cache}).logits for chunk in chunks[:20]]
@@ -115,7 +115,7 @@ def by_a_file(model: Any) -> dict[str, Tensor]:
 
 
 def refusal_of_a_common_file(folder: str, path: Path) -> str:
-    """What a process is told of a file that the last one wrote over its own."""
+    """The error of a process that loads a file which the last process has overwritten."""
     cache = SinkCache(AutoModelForCausalLM.from_pretrained(folder).config, W, S)
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     states = torch.zeros(1, 1, 3, 16)
@@ -140,7 +140,7 @@ STREAMS = {
 
 @torch.no_grad()
 def streams(folder: str, **options: Any) -> dict[str, dict[str, Tensor]]:
-    """By the name of a stream, what came of it through the model in a folder."""
+    """The results of all streams with the model in a folder, by the name of the stream."""
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return {name: stream(model) for name, stream in STREAMS.items()}
 

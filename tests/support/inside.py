@@ -16,6 +16,7 @@ from torch import Tensor
 
 import attention_sinks
 import attention_sinks.compat
+import attention_sinks.files
 import attention_sinks.storage.static
 import attention_sinks.storage.stream
 from attention_sinks import Rotation, SinkCache, SinkSession
@@ -99,12 +100,12 @@ def make_layers_disagree(cache: SinkCache) -> None:
 
 
 def position_offset_of(cache: SinkCache) -> int:
-    """How far positions were wound back in a row without padding; 0 if they never were."""
+    """By how many positions a row without padding was rebased; 0 if it never was."""
     return cache.token_positions.offset
 
 
 def position_offsets(cache: SinkCache) -> list[int]:
-    """How far positions were wound back in each row, or in all of them."""
+    """By how many positions each row was rebased; one number if it is the same for all rows."""
     offsets = cache.position_offsets
     return offsets.tolist() if isinstance(offsets, Tensor) else [offsets]
 
@@ -122,7 +123,7 @@ def set_position_limit(cache: SinkCache, limit: int) -> None:
 
 
 def rebase_every(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
-    """Let `sink_generate` and `sink_prefill` wind positions back once they have grown by `positions`."""
+    """Let `sink_generate` and `sink_prefill` rebase positions once they have grown by `positions`."""
     monkeypatch.setattr(attention_sinks.storage.stream, "ACCURATE_POSITIONS", positions)
 
 
@@ -207,6 +208,12 @@ def restoring_functions() -> set[CodeType]:
     """Context managers that restore a flag. Python cannot be interrupted on their lines that call nothing."""
     functions: list[Any] = [SinkCache.announced, PassWatch.watching]
     return {function.__wrapped__.__code__ for function in functions}
+
+
+# --- files
+
+# The module that writes files, by a function `save_file`.
+FILES = attention_sinks.files
 
 
 # --- a session

@@ -1,7 +1,7 @@
-"""The paper's rule for a Llama, written as plainly and slowly as possible; shares no code with the library.
+"""The rule of the paper for a Llama, written plainly and slowly; it shares no code with the library.
 
-Every layer keeps, per token, the key before its rotation and the value. At each step the kept tokens are numbered
-0, 1, 2, ... inside the cache and their keys rotated by that number (StreamingLLM, arXiv 2309.17453, section 3.2).
+Every layer keeps the value of a token and its key without rotation. At each step the kept tokens are numbered 0, 1, 2,
+... inside the cache, and their keys are rotated by this number (StreamingLLM, arXiv 2309.17453, section 3.2).
 """
 
 from typing import Any

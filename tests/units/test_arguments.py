@@ -1,4 +1,4 @@
-"""Arguments that are refused: each error names the argument and its value, and a refused call changes nothing."""
+"""Bad arguments are refused: the error names the argument and its value, and a refused call changes nothing."""
 
 from typing import Any
 
@@ -76,6 +76,16 @@ def test_keys_and_values_of_different_lengths_are_refused_before_anything_is_all
     update(cache, [0, 1])
 
 
+def test_a_crop_of_more_tokens_than_are_held_is_refused_and_changes_nothing() -> None:
+    cache, untouched = SinkCache(CONFIG, 8, 2), SinkCache(CONFIG, 8, 2)
+    for each in (cache, untouched):
+        update(each, list(range(20)))
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be at least -6, got -7: of the 20 tokens"):
+        cache.crop(-7)
+    for mine, others in zip(update(cache, [20]), update(untouched, [20]), strict=True):
+        assert torch.equal(mine, others)
+
+
 # --- sink_generate
 
 
@@ -146,7 +156,7 @@ def test_unannounced_padding_is_refused_and_nothing_is_stored() -> None:
     assert cache.get_seq_length() == 0
     assert not cache.is_initialized
     ids[1, :3] = ids[0, 0]
-    model.generate(ids, **{CACHE: cache}, max_new_tokens=5)  # the same word thrice is no padding
+    model.generate(ids, **{CACHE: cache}, max_new_tokens=5)  # a repeated word without a mask is no padding
 
 
 def test_the_error_about_unannounced_padding_names_the_remedy() -> None:

@@ -1,6 +1,6 @@
-"""Versions of transformers that do not do what this library relies on: noticed before a token is returned.
+"""A version of transformers that works differently is noticed before a token is returned.
 
-Each drift is faked in a model of its own; `sink_generate`, `sink_prefill` and `SinkSession` must raise a RuntimeError.
+Each drift is simulated by a model class; `sink_generate`, `sink_prefill` and `SinkSession` must raise a RuntimeError.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_
 
 
 class Tokens(BaseStreamer):
-    """Collects what is streamed; the first entry is the prompt."""
+    """Collects the streamed tokens; the first entry is the prompt."""
 
     def __init__(self) -> None:
         self.got: list[Any] = []
@@ -44,7 +44,7 @@ class Tokens(BaseStreamer):
 
 
 def drifted(method: str, fake: Any) -> Any:
-    """A tiny Llama of a class of its own, one method of which is another one."""
+    """A tiny Llama in which one method is replaced."""
     model = tiny()
     model.__class__ = type("Drifted", (LlamaForCausalLM,), {method: fake})
     return model
@@ -99,11 +99,11 @@ def by_sink_generate(model: Any, right: int = 0) -> None:
     try:
         sink_generate(model, random_ids(10), cache=cache, streamer=streamed, **OPTIONS)
     finally:
-        assert len(streamed.got) <= 1 + right, "a token was handed out"
+        assert len(streamed.got) <= 1 + right, "a token was returned"
 
 
 def by_sink_generate_after_a_token(model: Any) -> None:
-    """The first token is right: only a later pass leaves out what the cache has."""
+    """The first forward pass is right; the second one repeats tokens that the cache has."""
     by_sink_generate(model, right=1)
 
 
@@ -113,14 +113,14 @@ def by_sink_generate_in_chunks(model: Any) -> None:
 
 def by_sink_prefill(model: Any) -> None:
     for _ in sink_prefill(model, random_ids(30), SinkCache(model.config, W, S), 7):
-        pytest.fail("logits were handed out")
+        pytest.fail("logits were returned")
 
 
 def by_session(model: Any) -> None:
     session = SinkSession(model, byte_tokenizer(), window_length=W)
     session.feed("Once upon a time")
     for _ in session.generate(max_new_tokens=12):
-        pytest.fail("a token was handed out")
+        pytest.fail("a token was returned")
 
 
 GENERATE = [by_sink_generate, by_sink_generate_in_chunks, by_session]
@@ -171,18 +171,18 @@ def test_a_mask_not_sized_by_the_cache_is_noticed(call: Any, monkeypatch: pytest
 
 
 def by_unmasked_prefill(model: Any) -> None:
-    """A chunk of one token gets the mask of the model."""
+    """A chunk of one token gets its mask from the model."""
     for _ in sink_prefill(model, random_ids(30), SinkCache(model.config, W, S), 1):
-        pytest.fail("logits were handed out")
+        pytest.fail("logits were returned")
 
 
 @pytest.mark.parametrize("call", ALL)
 def test_an_unknown_name_of_the_cache_is_noticed(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = drifted("forward", under_a_third_name)
-    SinkCache(model.config, W, S)  # the twin has been measured
+    SinkCache(model.config, W, S)  # measures the positions of the model, once
 
     def prepare(self: Any, input_ids: Any, kv_store: Any = None, **kwargs: Any) -> Any:
-        pytest.fail("never reached")
+        pytest.fail("the replaced method must not be called")
 
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepare)
     with pytest.raises(RuntimeError, match="takes no argument cache or past_key_values"):
@@ -211,7 +211,7 @@ def test_a_model_without_position_ids_is_noticed_after_a_rebase(monkeypatch: pyt
 
 
 def test_a_noticed_drift_leaves_cache_and_model_unchanged() -> None:
-    """The same cache and model go on once the drift is gone."""
+    """The same cache and model work without the drift."""
     model = tiny_model("llama", num_hidden_layers=2)
     cache = SinkCache(model.config, W, S)
     expected = sink_generate(model, random_ids(10), window_length=W, **OPTIONS)
@@ -259,8 +259,8 @@ def test_the_last_tested_version_is_the_pinned_one() -> None:
     assert f"transformers=={LAST_TESTED}\n" in (ROOT / "constraints.txt").read_text()
 
 
-# What this library calls, replaces or reads of transformers besides the classes of its caches. Names, not recordings:
-# a version that renames one of them fails here before it fails anywhere else.
+# What this library calls, replaces or reads in transformers, apart from the cache classes. A version that renames one
+# of them fails here first.
 def called_by_name() -> Iterator[tuple[str, Any, set[str]]]:
     mask = {
         "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "device",
@@ -304,7 +304,7 @@ def test_the_cache_has_one_name_in_all_of_transformers() -> None:
 
 
 def test_generate_passes_the_inputs_of_every_pass_through_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `generate` itself says of its loops: each forward pass follows a call of the method that we replace."""
+    """Each decoding loop of `generate` calls the method that this library replaces before each forward pass."""
     source = inspect.getsource(transformers.generation.utils)
     loops = re.findall(r"^    def (_sample|_beam_search|_assisted_decoding|_prefill)\(", source, flags=re.MULTILINE)
     assert sorted(loops) == ["_assisted_decoding", "_beam_search", "_prefill", "_sample"]

@@ -1,4 +1,4 @@
-"""Text piece by piece, as tokens come."""
+"""A detokenizer returns text piece by piece, while tokens arrive."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A file of a stream through the tiniest cache."""
+    """The bytes of a saved stream with a tiny cache."""
     model = tiny_model("llama", num_hidden_layers=1)
     cache = SinkCache(model.config, 3, 1)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_an_interrupted_cache_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_file_is_flushed_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that stops may lose what was not flushed: first the file, then its name, then the folder."""
+    """A crash loses what was not flushed. So the file is flushed first, then renamed, then its folder is flushed."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 

@@ -13,11 +13,11 @@ from ..support.inside import HybridSinkLayer, IndexedSinkLayer, SinkLayer
 from ..support.programs import ROOT
 from ..support.states import CONFIG
 
-# What ours takes from the class of `transformers` as it is: decided, one by one.
+# The methods that our layers inherit by decision.
 OF_A_LAYER = {"is_compileable", "offload", "prefetch", "supports_early_init"}
 
 
-# The class that `transformers` may take ours for, ours, and what it inherits or does without.
+# A class of `transformers`, our class for it, and the methods that our class inherits or does without by decision.
 INTERFACES: list[tuple[str, type, set[str]]] = [
     (
         "Cache",
@@ -31,7 +31,7 @@ INTERFACES: list[tuple[str, type, set[str]]] = [
     ("CacheLayerMixin", SinkLayer, OF_A_LAYER),
     ("DynamicLayer", SinkLayer, OF_A_LAYER),
     ("DynamicSlidingWindowLayer", SinkLayer, OF_A_LAYER),
-    # Its second ring initialises itself.
+    # The second ring initializes itself.
     ("DynamicIndexedLayer", IndexedSinkLayer, OF_A_LAYER | {"lazy_initialization_indexer"}),
     *(
         (name, HybridSinkLayer, OF_A_LAYER | {"update_conv_state", "update_recurrent_state"})
@@ -54,7 +54,7 @@ def inherited(interface: type, ours: type) -> set[str]:
 def test_every_method_of_the_interface_is_implemented_or_inherited_by_decision(
     name: str, ours: type, known: set[str]
 ) -> None:
-    """What `transformers` may call on a cache or on a layer; a new name there asks for a decision."""
+    """A new public name in `transformers` needs a decision."""
     interface = getattr(cache_utils, name, None)
     if interface is None:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
@@ -67,7 +67,7 @@ def test_every_method_of_the_interface_is_implemented_or_inherited_by_decision(
 
 
 def unknown_arguments(theirs: Any, ours: Any) -> set[str]:
-    """The arguments of a method of `transformers` that ours would not take by their names."""
+    """The arguments of a method of `transformers` that our method does not take by name."""
     takes = inspect.signature(ours).parameters
     if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         return set()

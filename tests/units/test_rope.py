@@ -22,14 +22,14 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from attention_sinks.architecture.positions import LAST_POSITION, derive_positions
-from attention_sinks.rope import Rotation
+from attention_sinks import Rotation
 
+from ..support.inside import LAST_POSITION, derive_positions
 from ..support.models import ARCHITECTURES, build_config
 
 
 def real_rotation(config: PreTrainedConfig, key_states: torch.Tensor, position: int) -> torch.Tensor:
-    """What the model's own module does to a key `[1, 1, 1, head_dim]` at `position`, where it rotates all of it."""
+    """Rotate a key `[1, 1, 1, head_dim]` to `position` by the module of the model, if that rotates whole keys."""
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     embedding = next(v for k, v in vars(module).items() if k.endswith("RotaryEmbedding"))(config)
     cos, sin = embedding(key_states, torch.tensor([[position]]))
@@ -38,7 +38,7 @@ def real_rotation(config: PreTrainedConfig, key_states: torch.Tensor, position: 
     return rotated
 
 
-# Those whose module rotates whole keys by a function of the usual form.
+# Their modules rotate whole keys with a function of the usual form.
 WHOLE_KEYS = [name for name in ARCHITECTURES if name not in ("phi", "gptj", "deepseek_v3", "mpt")]
 
 
@@ -57,7 +57,7 @@ def test_a_rotation_equals_that_of_the_module_of_the_model(architecture: str, he
 
 
 def test_frequencies_are_bitwise_equal_to_those_of_a_full_size_model() -> None:
-    """The twin has one head and narrow layers; none of that may reach the frequencies."""
+    """The measured twin has one head and narrow layers, which must not change the frequencies."""
     config = LlamaConfig(
         hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=2,
         max_position_embeddings=131072, rope_parameters={
@@ -137,12 +137,12 @@ def test_an_unsupported_model_is_refused_with_the_reason(config: PreTrainedConfi
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )  # fmt: skip
 def test_the_position_limit_is_the_first_position_where_the_model_changes(config: PreTrainedConfig, limit: int) -> None:
-    """A table that ends, frequencies that depend on the length, queries scaled by their position."""
+    """A table of positions ends, frequencies depend on the length, or queries are scaled by their position."""
     assert derive_positions(config, [0]).limit == limit
 
 
 def test_queries_scaled_by_the_number_of_tokens_limit_positions() -> None:
-    """Llama 4 does so from 8,191 on, in a way that neither keys nor `position_ids` show."""
+    """Llama 4 scales queries from token 8,191 on; neither keys nor `position_ids` show it."""
     positions = derive_positions(Llama4TextConfig(num_hidden_layers=4, floor_scale=2000), [3])
     assert positions.rotations == {3: None}
     assert 2000 - 6 <= positions.limit < 2000  # the measured sequence has six tokens
@@ -179,12 +179,15 @@ def test_latent_attention_rotates_what_it_caches_as_values() -> None:
     config = build_config("deepseek_v3", num_hidden_layers=1)
     rotation = derive_positions(config, [0]).rotations[0]
     assert rotation is not None
-    assert (rotation.in_values, rotation.start) in ((True, 0), (False, config.qk_nope_head_dim))  # 5.23, 5.4
+    assert (rotation.in_values, rotation.start) in (
+        (True, 0),
+        (False, config.qk_nope_head_dim),
+    )  # in transformers 5.23, in 5.4
     assert rotation.rotary_dim == config.qk_rope_head_dim
 
 
 def test_a_model_that_normalizes_keys_after_their_rotation_is_refused() -> None:
-    """With trained, unequal weights such a norm does not commute with a rotation; a fresh model would hide that."""
+    """With trained weights the norm does not commute with a rotation; with equal weights of a new model it does."""
     config = HunYuanDenseV1Config(num_hidden_layers=1, head_dim=128)
     with pytest.raises(NotImplementedError, match="depends on absolute positions"):
         derive_positions(config, [0])
