@@ -14,7 +14,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 SECTIONS = [
-    "update", "decode", "compiled", "prefill", "stream", "memory",
+    "update", "decode", "compiled", "prefill", "session", "stream", "memory",
     "gpu_update", "gpu_decode", "gpu_compiled", "gpu_prefill",
 ]  # fmt: skip
 # By its data sheet, bytes per second.
@@ -96,6 +96,15 @@ def prefill(measured: dict[str, Any], folder: Path) -> str:
     )
 
 
+def session(measured: dict[str, Any], folder: Path) -> str:
+    lines = [[f"{row['W']:,}", row["what"], spread(row["ms"], 1), spread(row["ratio"], 3)] for row in measured["rows"]]
+    return (
+        f"A token of an answer of `SinkSession`, as text and from its own thread, against one of `sink_generate`, "
+        f"{shape_of(measured)}. Starting an answer is part of it.\n\n"
+        + table(["W", "", "ms per token", "ratio to sink_generate"], lines)
+    )
+
+
 def stream(measured: dict[str, Any], folder: Path) -> str:
     rows: Rows = measured["rows"]
     places = sorted({row["seen"] for row in rows})
@@ -136,6 +145,7 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "decode": ("A decoded token against the floor", decode),
     "compiled": ("Compiled", compiled),
     "prefill": ("Long prompts", prefill),
+    "session": ("Sessions", session),
     "stream": ("Along a stream", stream),
     "memory": ("Memory", memory),
 }

@@ -16,7 +16,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from attention_sinks import SinkSession, sink_generate
-from attention_sinks.streaming import Worker
+from attention_sinks.streaming import Worker, _gnu_openmp
 
 from .models import build_config, build_model
 from .test_compile import Compiler, _as_on_cuda, _forget_what_was_compiled, compile_everywhere  # noqa: F401
@@ -90,6 +90,30 @@ def test_a_session_runs_with_the_number_of_threads_that_its_reader_has(model: An
             with passes(model, torch.get_num_threads) as noted:
                 "".join(session.chat("Hello", max_new_tokens=3))
             assert set(noted) == {number}
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(_gnu_openmp() is None, reason="PyTorch uses another OpenMP")
+def test_no_two_threads_have_a_pool_of_openmp_threads(model: Any) -> None:
+    before = torch.get_num_threads()
+    numbers = torch.ones(2**20)
+
+    def threads() -> int:
+        numbers.add(1)  # in parallel
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    session = SinkSession(model, byte_tokenizer(), 16)
+    try:
+        torch.set_num_threads(4)
+        alone = threads()
+        with passes(model, threads) as noted:
+            "".join(session.chat("Hello", max_new_tokens=3))
+        assert set(noted) == {alone + 1}, "the session's thread"
+        deadline = time.monotonic() + 30
+        while threads() > alone + 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert threads() == alone + 1
     finally:
         torch.set_num_threads(before)
 
@@ -217,14 +241,14 @@ def test_a_fork_has_a_thread_of_its_own_and_no_open_answer(model: Any) -> None:
 
 @pytest.mark.usefixtures("_as_on_cuda", "_forget_what_was_compiled")
 def test_a_session_is_compiled_where_generate_compiles_by_itself(model: Any) -> None:
-    answers = []
-    for settings in ({"disable_compile": True}, {"compile_config": compile_everywhere(Compiler())}):
+    compiler, answers = Compiler(), {}
+    each = {"eager": {"disable_compile": True}, "compiled": {"compile_config": compile_everywhere(compiler)}}
+    for name, settings in each.items():
         session = SinkSession(model, byte_tokenizer(), 16)
-        answers.append([session.feed("A text longer than the window. " * 3)])
-        for _ in range(3):
-            answers[-1] += session.chat("Hello", max_new_tokens=40, suppress_tokens=[END], **settings)
-    assert answers[0] == answers[1]
-    compiler: Any = settings["compile_config"].backend
+        session.feed("A text longer than the window. " * 3)
+        options: Any = {"max_new_tokens": 40, "suppress_tokens": [END], **settings}
+        answers[name] = ["".join(session.chat("Hello", **options)) for _ in range(3)]
+    assert answers["eager"] == answers["compiled"]
     assert compiler.compiled == 1
 
 
