@@ -242,7 +242,10 @@ def test_a_fork_has_a_thread_of_its_own_and_no_open_answer(model: Any) -> None:
 @pytest.mark.usefixtures("_as_on_cuda", "_forget_what_was_compiled")
 def test_a_session_is_compiled_where_generate_compiles_by_itself(model: Any) -> None:
     compiler, answers = Compiler(), {}
-    each = {"eager": {"disable_compile": True}, "compiled": {"compile_config": compile_everywhere(compiler)}}
+    each: dict[str, dict[str, Any]] = {
+        "eager": {"disable_compile": True},
+        "compiled": {"compile_config": compile_everywhere(compiler)},
+    }
     for name, settings in each.items():
         session = SinkSession(model, byte_tokenizer(), 16)
         session.feed("A text longer than the window. " * 3)
