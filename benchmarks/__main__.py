@@ -30,6 +30,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
             "decode": lambda: sections.decode(tiny),
             "compiled": lambda: sections.compiled(tiny, None),
             "prefill": lambda: sections.prefill(tiny, (8,), None),
+            "session": lambda: sections.session_cost(tiny, 8),
             "stream": lambda: sections.stream(tiny, (0, 100, 300), 64, environments),
             "memory": lambda: sections.memory(Setting(SMOLLM2_135M, (256,), rounds=1)),
         }
@@ -40,6 +41,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
         "decode": lambda: sections.decode(decode),
         "compiled": lambda: sections.compiled(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=25), 6),
         "prefill": lambda: sections.prefill(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=8), (16, 64, 256), 6),
+        "session": lambda: sections.session_cost(Setting(SMOLLM2_135M, (256,), rounds=10), 64),
         "stream": lambda: sections.stream(
             Setting(SMOLLM2_135M, (), rounds=9),
             (0, 500, 1000, 1500, 2000, 4000, 7000, 10000, 15000, 20000),

@@ -14,7 +14,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 SECTIONS = [
-    "update", "decode", "compiled", "prefill", "stream", "memory",
+    "update", "decode", "compiled", "prefill", "session", "stream", "memory",
     "gpu_update", "gpu_decode", "gpu_compiled", "gpu_prefill",
 ]  # fmt: skip
 # Memory bandwidth in bytes per second, from the data sheet.
@@ -110,6 +110,18 @@ def prefill(measured: dict[str, Any], folder: Path) -> str:
     )
 
 
+def session(measured: dict[str, Any], folder: Path) -> str:
+    lines = [
+        [f"{row['W']:,}", row["what"], median_and_quartiles(row["ms"], 1), median_and_quartiles(row["ratio"], 3)]
+        for row in measured["rows"]
+    ]
+    return (
+        f"A token of an answer of `SinkSession`, as text and from its own thread, against one of `sink_generate`, "
+        f"{shape_of(measured)}. Starting an answer is part of it.\n\n"
+        + table(["W", "", "ms per token", "ratio to sink_generate"], lines)
+    )
+
+
 def stream(measured: dict[str, Any], folder: Path) -> str:
     rows: Rows = measured["rows"]
     columns = table_columns(sorted({row["seen"] for row in rows}))
@@ -151,6 +163,7 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "decode": ("Decode step", decode),
     "compiled": ("Compiled decode step", compiled),
     "prefill": ("Chunked prefill", prefill),
+    "session": ("Session", session),
     "stream": ("Time and memory along a stream", stream),
     "memory": ("Memory", memory),
 }

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedTokenizerFast, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from attention_sinks import SinkCache, sink_prefill
+from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
 
 from .measure import (
     CACHE,
@@ -166,6 +167,47 @@ def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | No
                 }
             ]
     return rows
+
+
+def session_cost(setting: Setting, answer_length: int) -> Rows:
+    """A token of a session's answer with a full window, against one of `sink_generate`."""
+    model, rows = setting.model(), []
+    model.generation_config.eos_token_id = None
+    tokenizer = word_tokenizer(model.config.vocab_size)
+    settings: dict[str, Any] = {"max_new_tokens": answer_length, "do_sample": False}
+    for window_length in setting.window_lengths:
+        text = "word0 " * (window_length + 1)
+        session = SinkSession(model, tokenizer, window_length)
+        session.feed(text)
+        cache = SinkCache(model.config, window_length)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(setting.device)
+        list(sink_prefill(model, ids[:, :-1], cache))
+        last = [ids[:, -1:]]
+
+        def generate(cache: SinkCache, last: list[Any]) -> None:
+            output: Any = sink_generate(model, last[0], cache=cache, **settings)
+            last[0] = output[:, -1:]
+
+        def answer(session: SinkSession) -> None:
+            for _ in session.generate(**settings):
+                pass
+
+        calls = {"sink_generate": partial(generate, cache, last), "SinkSession": partial(answer, session)}
+        times = time_alternately(calls, setting.rounds, setting.device)
+        for name, one in times.items():
+            ratio = ratios(one, times["sink_generate"])
+            rows.append(
+                {"what": name, "W": window_length, "ms": [t / answer_length * 1e3 for t in one], "ratio": ratio}
+            )
+    return rows
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose every token is a word, for a model with random weights."""
+    tokenizer = Tokenizer(models.WordLevel({f"word{i} ": i for i in range(vocab_size)}, unk_token="word0 "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def stream(setting: Setting, checkpoints: tuple[int, ...], window_length: int, environments: Path | None) -> Rows:

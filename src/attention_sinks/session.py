@@ -4,11 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
-import threading
 import time
-import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import Any, Self
 
 import torch
@@ -16,11 +13,9 @@ from torch import Tensor
 from transformers import (
     MaxTimeCriteria,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from . import files
@@ -28,33 +23,34 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import DriftError
 from .generate import ASSISTED, check_arguments, sink_generate
 from .prefill import last_logits_only, sink_prefill
-from .prompt import GenerationSettings as Settings
+from .prompt import GenerationSettings
+from .streaming import AnswerCriteria, Detokenizer, Emit, TokenStreamer, Worker, compile_permission
+from .template import ChatTemplate, encode
 
-# What stands in a chat template for the parts of a conversation that are not known yet.
-_MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"
+# The arguments of `generate` that the session gives itself.
 _OWN_ARGUMENTS = {
     "attention_mask", "cache", "cache_implementation", "custom_generate", "input_ids", "inputs", "inputs_embeds",
     "max_length", "min_length", "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate",
     "streamer", "use_cache",
 }  # fmt: skip
-# How many pieces of text may wait for who reads them.
-_WAITING = 8
 
 
 class SinkSession:
     """One endless stream through a model: a chat, a document and questions to it, or plain text.
 
-    Nothing grows with the stream: the session knows no more than the last three windows and counts the rest. (Where
-    the positions of a model cannot be wound back, `SinkCache.can_rebase`, token ids and masks of `generate` grow,
-    by a few bytes per token.)
+    Nothing grows with the stream: the session stores the tokens of at most three windows and counts the others. (For a
+    model whose positions cannot be rebased, see `SinkCache.can_rebase`, the token ids and masks of `generate` grow by a
+    few bytes per token.)
+
+    All forward passes run on one thread of the session. It starts with the first of them and ends with the session.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        window_length: the most tokens the model sees.
-        num_sink_tokens: how many of the first tokens it never forgets.
+        window_length: the most tokens that the model sees.
+        num_sink_tokens: how many of the first tokens are never evicted.
         system: a system prompt, for a tokenizer with a chat template.
-        keep_system_prompt: make all tokens before the first message, the system prompt's, the sinks.
+        keep_system_prompt: make all tokens before the first message sinks, the system prompt's among them.
 
     Raises:
         TypeError, ValueError: naming the argument and its value; if the system prompt does not fit the window.
@@ -76,11 +72,11 @@ class SinkSession:
         system: str | None = None,
         keep_system_prompt: bool = True,
     ) -> None:
-        self._open_on(model, tokenizer, system)
+        self._bind(model, tokenizer, system)
         if system is not None:
             _check_text("system", system)
             if keep_system_prompt:
-                kept = len(self._tokens(self._turn(_MESSAGE).partition(_MESSAGE)[0]))
+                kept = len(self._encode(self._template.before_message(first=True)))
                 num_sink_tokens = max(num_sink_tokens, kept)
                 if num_sink_tokens >= window_length:
                     raise ValueError(
@@ -90,47 +86,47 @@ class SinkSession:
                     )
         self.cache = SinkCache(model.config, window_length, num_sink_tokens)
 
-    def _open_on(self, model: PreTrainedModel, tokenizer: Any, system: str | None) -> None:
+    def _bind(self, model: PreTrainedModel, tokenizer: Any, system: str | None) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.system = system
-        self._running: weakref.ref[Generator[Any]] | None = None
+        self._template = ChatTemplate(tokenizer, system)
+        self._worker = Worker()
         self._start()
 
     def _start(self) -> None:
-        self._ids: list[int] = []  # of the tokens the cache counts, and of those it has yet to read, at least one
+        self._ids: list[int] = []  # the tokens that the cache counts, then the unread ones, at least one
         self._forgotten = 0  # how many tokens before these were evicted
-        self._open: str | None = None  # whose turn it is that the next token belongs to
-        self._ended = False  # whether the last token is the one by which the model ended its answer
+        self._open: str | None = None  # whose turn the next token belongs to
+        self._ended = False  # True if the last token is the one by which the model ended its answer
 
     @property
     def tokens_seen(self) -> int:
-        """How many tokens the stream has, those that were forgotten included."""
+        """The number of tokens in the stream, evicted ones included."""
         return self._forgotten + len(self._ids)
 
     @property
     def kept_length(self) -> int:
-        """How many of them the cache holds."""
+        """The number of tokens that the cache holds."""
         return self.cache.kept_length
 
     def reset(self) -> None:
-        """Forget all; the system prompt stays that of the session."""
-        self._end_running()
+        """Start a new stream with the same system prompt."""
+        self._worker.end()
         self.cache.reset()
         self._start()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the stream to a safetensors file, from which `load` resumes it: what follows is bitwise the same.
+        """Write the stream to a safetensors file, from which `load` resumes it bitwise.
 
-        An old file of that name is replaced at once and by a whole one only, even if the process is killed meanwhile.
-        An answer that is being given ends here.
+        The file replaces an old one in one step, even if the process is killed meanwhile. An open answer ends here.
 
         Raises:
             RuntimeError: if a forward pass was interrupted half-way, so that there is nothing to resume, or if another
                 thread uses the session.
             OSError: if the file cannot be written.
         """
-        self._end_running()
+        self._worker.end()
         state = {
             "model": _fingerprint(self.model),
             "tokenizer": _vocabulary(self.tokenizer),
@@ -145,11 +141,11 @@ class SinkSession:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: Any) -> Self:
-        """The session that `save` wrote, to go on where it was.
+        """Return the session that `save` wrote; it continues where it was.
 
         Args:
             path: of the file.
-            model: the model of the session; the beginning of each of its weights is compared.
+            model: the model of the session; the first values of each weight are compared.
             tokenizer: its tokenizer, with the same vocabulary.
 
         Raises:
@@ -162,7 +158,7 @@ class SinkSession:
             >>> session = SinkSession.load("chat.safetensors", model, tokenizer)
         """
         state = files.read(path, "session")
-        # Of a model that accelerate placed each layer goes where it was, otherwise to where the model is.
+        # In a model that accelerate placed, each layer of the cache goes where it was, otherwise to the model's device.
         device = None if getattr(model, "hf_device_map", None) else model.device
         cache = SinkCache.from_state(state["cache"], model.config, device)
         for name, ours in (("model", _fingerprint(model)), ("tokenizer", _vocabulary(tokenizer))):
@@ -172,31 +168,31 @@ class SinkSession:
                     f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same."
                 )
         session = cls.__new__(cls)
-        session._open_on(model, tokenizer, state["system"])
+        session._bind(model, tokenizer, state["system"])
         session.cache = cache
         session._ids = state["ids"].tolist()
         session._forgotten, session._open, session._ended = state["forgotten"], state["open"], state["ended"]
         return session
 
     def feed(self, text: str) -> int:
-        """Read a text of any length, each token with exactly its own window; returns its number of tokens.
+        """Read a text of any length, each token with exactly its own window, and return its number of tokens.
 
-        With a chat template it is the beginning of the next message, otherwise it stands for itself. A progress bar
-        shows where a text longer than the window is. If it is interrupted, what has been read stays.
+        With a chat template the text is the beginning of the next message, without one it stands for itself. A text
+        longer than the window shows a progress bar. After an interrupt the session keeps what it has read.
 
         Raises:
-            TypeError, ValueError: if `text` is no string, or empty.
+            TypeError, ValueError: if `text` is not a string, or is empty.
         """
         _check_text("text", text)
-        self._end_running()
+        self._worker.end()
         before = ""
-        if self.tokenizer.chat_template is not None and self._open != "user":
-            before = self._turn(_MESSAGE).partition(_MESSAGE)[0]
+        if self._template.exists and self._open != "user":
+            before = self._template.before_message(first=not self._ids)
         elif not self._ids and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
             self._ids.append(self.tokenizer.bos_token_id)
         self._drop_end_of_turn()
-        first = self.tokens_seen + len(self._tokens(before))
-        tokens = self._tokens(before + text)
+        first = self.tokens_seen + len(self._encode(before))
+        tokens = self._encode(before + text)
         self._ids += tokens
         self._open = "user"
         unread = len(self._ids) - 1 - self.cache.get_seq_length()
@@ -204,7 +200,7 @@ class SinkSession:
             short = unread <= self.cache.window_length
             with (
                 logging.tqdm(total=unread, unit="token", disable=short) as bar,
-                contextlib.closing(self._in_thread(self._read)) as counts,
+                contextlib.closing(self._worker.iterate(self._read_in_chunks)) as counts,
             ):
                 for count in counts:
                     bar.update(count)
@@ -214,111 +210,85 @@ class SinkSession:
         return self.tokens_seen - first
 
     def chat(self, message: str, **generate_kwargs: Any) -> Generator[str]:
-        """Answer a message, in pieces of text as they come.
+        """Answer a message, in pieces of text as they are generated.
 
-        The tokens are those that the chat template gives for the whole conversation; a message longer than the window
-        is read as by `feed`. An answer ends where the model ends it, or after `max_new_tokens`; who stops iterating
-        stops it, and the conversation goes on from there.
+        The model reads the tokens that the chat template gives for the whole conversation; a message longer than the
+        window is read as by `feed`. An answer ends where the model ends it, or after `max_new_tokens`, or when the
+        caller stops iterating. The conversation continues from there.
 
         Args:
             message: what the user says.
-            generate_kwargs: of `generate`: `do_sample`, `temperature`, `max_new_tokens`, ... Processors and criteria
-                are given the tokens of the window, not of the whole stream.
+            generate_kwargs: of `generate`: `do_sample`, `temperature`, `max_new_tokens`, ... Logits processors and
+                stopping criteria get the latest tokens of the stream, not all of them.
 
         Raises:
-            TypeError, ValueError: naming the argument and its value. Nothing is changed then.
+            TypeError, ValueError: naming the argument and its value, before anything is read.
         """
         _check_text("message", message)
-        self._end_running()
-        if self._open == "user":  # after what was fed
-            text = "\n\n" + message + self._turn(_MESSAGE).partition(_MESSAGE)[2]
+        self._worker.end()
+        if self._open == "user":  # after `feed`
+            text = "\n\n" + message + self._template.after_message(first=not self._ids)
         else:
-            text = self._turn(message)
-        tokens = self._tokens(text)
-        self._check_generate(tokens, generate_kwargs)
+            text = self._template.turn(message, first=not self._ids)
+        tokens = self._encode(text)
+        self._prepare(tokens, generate_kwargs)
 
-        def take_turn() -> Detokenizer:
+        def begin() -> Detokenizer:
             self._drop_end_of_turn()
             self._ids.extend(tokens)
             self._open = "assistant"
             return Detokenizer(self.tokenizer)
 
-        return self._pieces(generate_kwargs, take_turn)
+        return self._pieces(generate_kwargs, begin)
 
     def generate(self, **generate_kwargs: Any) -> Generator[str]:
-        """Write on from where the stream is, in pieces of text as they come: after `feed`, or after an answer.
+        """Continue the stream, in pieces of text as they are generated: after `feed`, or after an answer.
 
-        An answer that was cut off goes on; after one that the model has ended, the stream goes on behind its end.
+        An answer that was cut off goes on; after one that the model has ended, new text follows its end.
 
         Raises:
             TypeError, ValueError: naming the argument and its value; if there is nothing to continue.
         """
-        self._end_running()
+        self._worker.end()
         if len(self._ids) == self.cache.get_seq_length():  # at the start, or where an error ended an answer
             raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")
-        self._check_generate([], generate_kwargs)
+        self._prepare([], generate_kwargs)
 
-        def go_on() -> Detokenizer:
+        def begin() -> Detokenizer:
             self._ended = False
             return Detokenizer(self.tokenizer, self._ids[-8:])
 
-        return self._pieces(generate_kwargs, go_on)
+        return self._pieces(generate_kwargs, begin)
 
-    # Chat templates
-
-    def _turn(self, message: str) -> str:
-        """What the chat template writes for a message and the head of its answer, after what came before."""
-        if self.tokenizer.chat_template is None:
-            raise ValueError(
-                "`tokenizer` has no chat template. Set `tokenizer.chat_template` to that of the model, or use "
-                "`feed(text)` and `generate()`, which need none."
-            )
-        first = not self._ids
-        messages = []
-        if not first:
-            # A template is given one earlier turn, whatever the length of the conversation. The system prompt has been
-            # said; some templates would say it again in the last message.
-            messages += [{"role": "user", "content": _MESSAGE}, {"role": "assistant", "content": _ANSWER}]
-        elif self.system is not None:
-            messages.append({"role": "system", "content": self.system})
-        messages.append({"role": "user", "content": message})
-        try:
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # jinja's, and whatever a template raises
-            raise ValueError(f"The chat template of the tokenizer refuses the conversation: {error}") from error
-        if first:
-            if self.system is not None and self.system.strip() not in text:
-                raise ValueError("`system` is left out by the chat template of the tokenizer. Say it in a message.")
-            return text
-        if text.count(_ANSWER) != 1:
-            raise ValueError(
-                "The chat template of the tokenizer does not show earlier answers as they were, so that a conversation "
-                "cannot be continued turn by turn."
-            )
-        return text.partition(_ANSWER)[2]
+    # Text to tokens
 
     def _drop_end_of_turn(self) -> None:
-        """Leave it to the template to end the answer that the model ended with its last token."""
+        """Remove the token by which the model ended its answer: the template writes it again."""
         if self._ended:
             self._ids.pop()
         self._ended = False
 
-    def _tokens(self, text: str) -> list[int]:
-        """The tokens of a text that follows what is there: some tokenizers begin one that follows nothing otherwise."""
+    def _encode(self, text: str) -> list[int]:
+        return encode(self.tokenizer, text, first=not self._ids)
 
-        def tokens(text: str) -> list[int]:
-            found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return found
+    def _prepare(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
+        """Complete the arguments of an answer to `tokens`, and check them before anything is read."""
+        if GenerationSettings(self.model, generate_kwargs)["stop_strings"] is not None:
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
+        _check_generate(self.model, self.cache, self._tensor([*self._ids, *tokens]), generate_kwargs)
 
-        before = tokens("a")
-        if self._ids and (joined := tokens("a" + text))[: len(before)] == before:
-            return joined[len(before) :]
-        return tokens(text)
+    # Reading and generating, on the worker's thread
 
-    # Reading and writing
+    def _pieces(self, generate_kwargs: dict[str, Any], begin: Callable[[], Detokenizer]) -> Generator[str]:
+        def produce(emit: Emit) -> None:
+            detokenizer = begin()
+            if self._read_in_chunks(lambda count: emit("")):
+                self._generate_parts(generate_kwargs, detokenizer, emit)
 
-    def _read(self, emit: Callable[[int], bool]) -> bool:
-        """Read all tokens but the last one, and tell whether it was done; emits how many were read."""
+        return self._worker.iterate(produce)
+
+    def _read_in_chunks(self, emit: Emit) -> bool:
+        """Read all tokens but the last one, and emit how many at a time. Return True if all were read."""
         while (unread := len(self._ids) - 1 - self.cache.get_seq_length()) > 0:
             self._compact()
             seen = self.cache.get_seq_length()
@@ -329,54 +299,60 @@ class SinkSession:
                     return False
         return True
 
-    def _write(self, generate_kwargs: dict[str, Any], text: "Detokenizer", emit: Callable[[str], bool]) -> None:
-        """Generate until the model, or a criterion, ends it; emits pieces of `text`."""
-        settings = Settings(self.model, generate_kwargs)
+    def _generate_parts(self, generate_kwargs: dict[str, Any], detokenizer: Detokenizer, emit: Emit) -> None:
+        """Generate until the model, a stopping criterion or the reader ends the answer, and emit its text.
+
+        Each call of `generate` makes a part of at most a window: it keeps all its tokens and their mask.
+        """
+        settings = GenerationSettings(self.model, generate_kwargs)
         most, least = settings["max_new_tokens"], settings["min_new_tokens"] or 0
         ends = settings["eos_token_id"]
         ends = ends if isinstance(ends, list | tuple) else [ends]
-        going = True
+        criteria = AnswerCriteria(_criteria_of(settings, self.tokenizer))
 
         def take(tokens: list[int]) -> None:
-            nonlocal going
             self._ids.extend(tokens)
-            going = emit(text.push(tokens)) and going
+            if not emit(detokenizer.push(tokens)):
+                criteria.reader_left = True
 
-        criteria = _Criteria(self.tokenizer, settings, lambda: not going)
-        made = 0
-        # `generate` in parts, for it keeps all its tokens and their mask.
-        while going and not criteria.met and (most is None or made < most):
+        generated = 0
+        while not criteria.met and (most is None or generated < most):
             self._compact()
-            before = self.tokens_seen
-            part = self.cache.window_length if most is None else min(self.cache.window_length, most - made)
-            input_ids = self._tensor(self._ids)
+            length = self.cache.window_length if most is None else min(self.cache.window_length, most - generated)
             arguments = {
                 **generate_kwargs,
-                "attention_mask": torch.ones_like(input_ids),
-                "cache": self.cache,
-                "max_new_tokens": part,
-                "min_new_tokens": min(part, max(least - made, 0)),
+                "max_new_tokens": length,
+                "min_new_tokens": min(length, max(least - generated, 0)),
                 "stopping_criteria": StoppingCriteriaList([criteria]),
-                "streamer": _Tokens(take),
-                # CUDA graphs belong to the thread that recorded them.
-                "disable_compile": True,
+                "streamer": TokenStreamer(take),
             }
-            sink_generate(self.model, input_ids, **arguments)
-            new = self.tokens_seen - before
-            if self.cache.get_seq_length() != len(self._ids) - 1:
-                raise DriftError(
-                    f"`generate` handed out {new} tokens after {before}, and the cache counts "
-                    f"{self.cache.get_seq_length() + self._forgotten}"
-                )
-            made += new
+            new = self._generate_part(arguments)
+            generated += new
             self._ended = self._ids[-1] in ends
-            if new < part or self._ended:
+            if new < length or self._ended:
                 break
-        if (rest := text.flush()) and going:
+        if (rest := detokenizer.flush()) and not criteria.reader_left:
             emit(rest)
 
+    def _generate_part(self, arguments: dict[str, Any]) -> int:
+        """Call `generate` once, and return the number of new tokens."""
+        before = self.tokens_seen
+        input_ids = self._tensor(self._ids)
+        with compile_permission(self.model) as permitted:
+            if not permitted:
+                arguments["disable_compile"] = True
+            mask = torch.ones_like(input_ids)
+            sink_generate(self.model, input_ids, attention_mask=mask, cache=self.cache, **arguments)
+        new = self.tokens_seen - before
+        if self.cache.get_seq_length() != len(self._ids) - 1:
+            raise DriftError(
+                f"`generate` handed out {new} tokens after {before}, and the cache counts "
+                f"{self.cache.get_seq_length() + self._forgotten}"
+            )
+        return new
+
     def _compact(self) -> None:
-        """Forget what is evicted, once as much was as is recent: no key is wound back more than once in its life."""
+        """Compact the cache once all recent tokens were evicted once, so that each key is rounded at most once."""
         cache = self.cache
         evicted = cache.get_seq_length() - cache.kept_length
         if evicted >= cache.window_length - cache.num_sink_tokens and cache.can_rebase:
@@ -386,190 +362,59 @@ class SinkSession:
 
     def _tensor(self, tokens: list[int]) -> Tensor:
         device = self.model.device
-        # Of a model that is offloaded nothing need be on a device; what it is given goes where it is needed.
+        # The weights of an offloaded model are on no device; accelerate moves inputs to where they are needed.
         return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
 
-    def _check_generate(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
-        for name in sorted(generate_kwargs.keys() & _OWN_ARGUMENTS):
-            remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
-            raise TypeError(
-                f"`{name}` must be left out, got {generate_kwargs[name]!r:.80}: it is the session's.{remedy}"
-            )
-        settings = Settings(self.model, generate_kwargs)
-        for name in ("num_beams", "num_return_sequences"):
-            if (settings[name] or 1) != 1:
-                raise ValueError(f"`{name}` must be 1, got {settings[name]}: a session is one stream.")
-        for name in ASSISTED:
-            if settings[name] is not None:
-                raise ValueError(
-                    f"`{name}` must be left out, got {settings[name]!r:.80}: sessions choose token by token."
-                )
-        if settings["stop_strings"] is not None:
-            generate_kwargs.setdefault("tokenizer", self.tokenizer)
-        most = settings["max_new_tokens"]
-        if not isinstance(most, int | None):
-            raise TypeError(f"`max_new_tokens` must be an int, got {most!r}.")
-        bounded = {**generate_kwargs, "max_new_tokens": self.cache.window_length if most is None else most}
-        check_arguments(self.model, self._tensor([*self._ids, *tokens]), self.cache, bounded)
 
-    def _pieces(self, generate_kwargs: dict[str, Any], begin: "Callable[[], Detokenizer]") -> Generator[str]:
-        def work(emit: Callable[[str], bool]) -> None:
-            text = begin()
-            if self._read(lambda count: emit("")):
-                self._write(generate_kwargs, text, emit)
+def _check_generate(model: Any, cache: SinkCache, input_ids: Tensor, generate_kwargs: dict[str, Any]) -> None:
+    """Refuse the arguments of an answer to `input_ids` that a session or `generate` cannot take.
 
-        pieces = self._in_thread(work)
-        self._running = weakref.ref(pieces)  # who drops it ends it
-        return pieces
-
-    def _in_thread(self, work: Callable[[Callable[[Any], bool]], object]) -> Generator[Any]:
-        """What `work` emits. It is told when nobody wants more, and stops where the cache is whole.
-
-        In a thread, because `generate` calls who streams, and because Ctrl-C must not end a forward pass half-way.
-        """
-        items: queue.Queue[Any] = queue.Queue(_WAITING)
-        left, done, end = threading.Event(), threading.Event(), object()
-        failed: list[BaseException] = []
-
-        def emit(item: Any) -> bool:
-            while not left.is_set():
-                try:
-                    items.put(item, timeout=0.05)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def run() -> None:
-            try:
-                work(emit)
-            except BaseException as error:
-                failed.append(error)
-            done.set()
-            emit(end)
-
-        threading.Thread(target=run, daemon=True).start()
-        try:
-            while (item := items.get()) is not end:
-                if item:
-                    yield item
-        finally:
-            left.set()
-            interrupt = None
-            while not done.is_set():  # whatever is pressed, the forward pass that runs is the session's
-                try:
-                    done.wait()
-                except KeyboardInterrupt as error:
-                    interrupt = error
-            if interrupt is not None:
-                raise interrupt
-        if failed:
-            raise failed[0]
-
-    def _end_running(self) -> None:
-        """End the answer that is being given, if one is."""
-        running = None if self._running is None else self._running()
-        if running is not None:
-            try:
-                running.close()
-            except ValueError as error:  # in the words of Python: it is already executing
-                raise RuntimeError(
-                    "An answer is being read in another thread; a session is used by one at a time."
-                ) from error
-
-
-class Detokenizer:
-    """Tokens to text, piece by piece, by decoding a few tokens at a time.
-
-    Args:
-        tokenizer: of the tokens.
-        before: the last tokens before those that will come.
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
     """
-
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(before)
-        self._told = len(self._ids)  # how many of them are part of what was returned
-
-    def push(self, tokens: list[int]) -> str:
-        """The text that is certain now; the rest of a character may still be missing."""
-        # One by one, for with each character that is complete the tokens before it are done with.
-        pieces = []
-        for token in tokens:
-            self._ids.append(token)
-            pieces.append(self._take(final=False))
-        return "".join(pieces)
-
-    def flush(self) -> str:
-        """The rest."""
-        return self._take(final=True)
-
-    def _take(self, final: bool) -> str:
-        told, text = self._decode(self._ids[: self._told]), self._decode(self._ids)
-        # A character of four bytes has at most four tokens; more than a few are none.
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(self._ids) - self._told > 8
-        if not (whole or final):
-            return ""
-        # The last tokens with a text stay, for they say whether a space belongs before the next one.
-        if len(text) > len(told) or len(self._ids) > 16:
-            self._ids = self._ids[self._told :]
-        self._told = len(self._ids)
-        return text[len(told) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+    for name in sorted(generate_kwargs.keys() & _OWN_ARGUMENTS):
+        remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
+        raise TypeError(f"`{name}` must be left out, got {generate_kwargs[name]!r:.80}: the session sets it.{remedy}")
+    settings = GenerationSettings(model, generate_kwargs)
+    for name in ("num_beams", "num_return_sequences"):
+        if (settings[name] or 1) != 1:
+            raise ValueError(f"`{name}` must be 1, got {settings[name]}: a session is one stream.")
+    for name in ASSISTED:
+        if settings[name] is not None:
+            raise ValueError(
+                f"`{name}` must be left out, got {settings[name]!r:.80}: sessions generate token by token."
+            )
+    most = settings["max_new_tokens"]
+    if not isinstance(most, int | None):
+        raise TypeError(f"`max_new_tokens` must be an int, got {most!r}.")
+    bounded = {**generate_kwargs, "max_new_tokens": cache.window_length if most is None else most}
+    check_arguments(model, input_ids, cache, bounded)
 
 
-class _Tokens(BaseStreamer):
-    """Gives the new tokens of `generate` to a function, without the prompt."""
-
-    def __init__(self, take: Callable[[list[int]], None]) -> None:
-        self._take = take
-        self._begun = False
-
-    def put(self, value: Tensor) -> None:
-        if self._begun:
-            self._take(value.flatten().tolist())
-        self._begun = True
-
-    def end(self) -> None: ...
-
-
-class _Criteria(StoppingCriteria):
-    """The criteria of a call, over all parts in which it is generated; `met` tells whether one of them was."""
-
-    def __init__(self, tokenizer: Any, settings: Settings, left: Callable[[], bool]) -> None:
-        self.met = False
-        self._left = left
-        self._criteria = StoppingCriteriaList(settings["stopping_criteria"] or [])
-        if settings["stop_strings"] is not None:
-            self._criteria.append(StopStringCriteria(tokenizer, settings["stop_strings"]))
-        if settings["max_time"] is not None:
-            self._criteria.append(MaxTimeCriteria(settings["max_time"], time.time()))
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        done = torch.full(input_ids.shape[:1], self._left(), device=input_ids.device)
-        if len(self._criteria) > 0:
-            done |= self._criteria(input_ids, scores, **kwargs)
-        self.met = bool(done.all())
-        return done
+def _criteria_of(settings: GenerationSettings, tokenizer: Any) -> StoppingCriteriaList:
+    """Return the stopping criteria that `generate` would apply anew in each part of an answer."""
+    criteria = StoppingCriteriaList(settings["stopping_criteria"] or [])
+    if settings["stop_strings"] is not None:
+        criteria.append(StopStringCriteria(tokenizer, settings["stop_strings"]))
+    if settings["max_time"] is not None:
+        criteria.append(MaxTimeCriteria(settings["max_time"], time.time()))
+    return criteria
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """What tells one set of weights from another: the beginning of each."""
+    """Return a digest of the first values of each weight, which tells one set of weights from another."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(json.dumps([name, weight.shape, str(weight.dtype)]).encode())
-        if weight.device.type != "meta" and weight.numel() > 0:  # one that is offloaded is not at hand
-            own = weight.to_local() if hasattr(weight, "to_local") else weight  # if processes share it
-            start = own.detach()[(0,) * (own.ndim - 1)].reshape(-1)[:64]
+        if weight.device.type != "meta" and weight.numel() > 0:  # the values of offloaded weights are not at hand
+            local = weight.to_local() if hasattr(weight, "to_local") else weight  # sharded over several processes
+            start = local.detach()[(0,) * (local.ndim - 1)].reshape(-1)[:64]
             digest.update(start.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """What tells one vocabulary from another."""
+    """Return a digest of the vocabulary."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 

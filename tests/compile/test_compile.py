@@ -1,14 +1,13 @@
 """A model is compiled once for a stream of any length, and gives the logits of the eager model."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
 
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
+from ..support.compiling import Compiler, compile_everywhere
 from ..support.inside import force_static, position_offset_of, rebase_every, set_position_limit
 from ..support.models import CACHE, VOCAB_SIZE, build_config, build_model, random_ids, relative_error
 from ..support.streams import S, W
@@ -18,38 +17,7 @@ MORE = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt_neox"
 ARCHITECTURES = ["llama", "deepseek_v3", "smollm3", *MORE]
 
 
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled() -> Iterator[None]:
-    torch.compiler.reset()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `generate` compile by itself, as on CUDA."""
-    force_static(monkeypatch)
-
-
-class Compiler:
-    """A backend that counts the graphs that it compiles."""
-
-    def __init__(self) -> None:
-        self.compiled = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        self.compiled += 1
-        return graph.forward
-
-    def __deepcopy__(self, memo: Any) -> "Compiler":  # `generate` copies its config
-        return self
-
-
-def compile_everywhere(compiler: Compiler, fullgraph: bool = True) -> CompileConfig:
-    config = CompileConfig(backend=compiler, fullgraph=fullgraph, mode=None)  # type: ignore[arg-type]
-    config._compile_all_devices = True  # type: ignore[assignment]
-    return config
+pytestmark = pytest.mark.usefixtures("_forget_what_was_compiled", "no_grad")
 
 
 def build(name: str) -> Any:

@@ -24,7 +24,6 @@ from attention_sinks.architecture.positions import LAST_POSITION, derive_positio
 from attention_sinks.compat import PassWatch
 from attention_sinks.files import FORMAT
 from attention_sinks.prefill import read_in_chunks
-from attention_sinks.session import Detokenizer
 from attention_sinks.storage.guard import PassGuard
 from attention_sinks.storage.layers import SinkLayer
 from attention_sinks.storage.layout import Layout, compute, layout_of, num_recent_in_window, write_slots
@@ -32,6 +31,8 @@ from attention_sinks.storage.mixed import HybridSinkLayer, IndexedSinkLayer
 from attention_sinks.storage.plan import UpdatePlan, WindowedPlan
 from attention_sinks.storage.positions import token_positions
 from attention_sinks.storage.static import StaticPlan
+from attention_sinks.streaming import Detokenizer, Worker
+from attention_sinks.streaming import _gnu_openmp as gnu_openmp
 
 __all__ = [
     "FORMAT",
@@ -45,8 +46,10 @@ __all__ = [
     "StaticPlan",
     "UpdatePlan",
     "WindowedPlan",
+    "Worker",
     "compute",
     "derive_positions",
+    "gnu_openmp",
     "layout_of",
     "num_recent_in_window",
     "token_positions",

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from .models import build_config, build_model
 
@@ -42,3 +43,17 @@ def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 def chat_model(architecture: str = "llama", **changes: Any) -> Any:
     """A random model with the vocabulary of `byte_tokenizer`; with `eos_token_id=None` its answers never end."""
     return build_model(build_config(architecture, **{"vocab_size": 259, "eos_token_id": END, **changes}))
+
+
+class Answer(LogitsProcessor):
+    """Makes a model write a text and then end its answer."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], END]
+        self.said = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, self.tokens[self.said]] = 0
+        self.said += 1
+        return chosen
