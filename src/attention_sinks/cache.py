@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig
 
 from . import files
 from .architecture.positions import LAST_POSITION
-from .architecture.spec import cache_spec
+from .architecture.spec import cache_spec, check_arguments, check_int
 from .compat import PassWatch
 from .rope import Rotation
 from .storage import changes, checkpoint
@@ -144,7 +144,7 @@ class StreamCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        _check_int("repeats", repeats, at_least=1)
+        check_int("repeats", repeats, at_least=1)
         with self._stream.changing():
             index = changes.row_index(self._stream).repeat_interleave(repeats)
             changes.select_rows(self._stream, "batch_repeat_interleave", repeats, index)
@@ -209,7 +209,7 @@ class SinkCache(StreamCache):
         rotation: Rotation | None = None,
         attention_mask: Tensor | None = None,
     ) -> None:
-        _check_arguments(config, window_length, num_sink_tokens, rotation)
+        check_arguments(config, window_length, num_sink_tokens, rotation)
         self._spec = cache_spec(config, window_length, num_sink_tokens, rotation)
         super().__init__(Stream(self._spec, self._positions_of(attention_mask)))
 
@@ -434,27 +434,3 @@ class SinkCache(StreamCache):
         cache = cls(config, state["window_length"], state["num_sink_tokens"], by_hand)
         checkpoint.restore_stream(cache._stream, state, device)
         return cache
-
-
-def _check_arguments(config: Any, window_length: Any, num_sink_tokens: Any, rotation: Any) -> None:
-    if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"`config` must be the config of the model, got {config!r:.80}: the rotation of the cached keys is derived "
-            "from it. Call `SinkCache(model.config, window_length=256, num_sink_tokens=4)`."
-        )
-    _check_int("window_length", window_length, at_least=1)
-    _check_int("num_sink_tokens", num_sink_tokens, at_least=0)
-    if num_sink_tokens >= window_length:
-        raise ValueError(
-            "`num_sink_tokens` must be smaller than `window_length`, which counts them and at least one recent token; "
-            f"got num_sink_tokens={num_sink_tokens} and window_length={window_length}."
-        )
-    if not isinstance(rotation, Rotation | None):
-        raise TypeError(f"`rotation` must be a Rotation, got {rotation!r:.80}.")
-
-
-def _check_int(name: str, value: object, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"`{name}` must be at least {at_least}, got {value}.")

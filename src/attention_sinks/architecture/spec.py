@@ -195,3 +195,37 @@ def _keeps_sinks(layer: Any, layer_idx: int, config: PreTrainedConfig, window_le
             "tokens cannot be evicted.",
         )
     return False
+
+
+def check_arguments(config: Any, window_length: Any, num_sink_tokens: Any, rotation: Any) -> None:
+    """Check the arguments of a `SinkCache`.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"`config` must be the config of the model, got {config!r:.80}: the rotation of the cached keys is derived "
+            "from it. Call `SinkCache(model.config, window_length=256, num_sink_tokens=4)`."
+        )
+    check_int("window_length", window_length, at_least=1)
+    check_int("num_sink_tokens", num_sink_tokens, at_least=0)
+    if num_sink_tokens >= window_length:
+        raise ValueError(
+            "`num_sink_tokens` must be smaller than `window_length`, which counts them and at least one recent token; "
+            f"got num_sink_tokens={num_sink_tokens} and window_length={window_length}."
+        )
+    if not isinstance(rotation, Rotation | None):
+        raise TypeError(f"`rotation` must be a Rotation, got {rotation!r:.80}.")
+
+
+def check_int(name: str, value: object, at_least: int) -> None:
+    """Check a number.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"`{name}` must be at least {at_least}, got {value}.")

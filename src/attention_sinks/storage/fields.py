@@ -38,6 +38,19 @@ def checked(state: Any, fields: Mapping[str, tuple[type, ...]], what: str) -> di
     return state
 
 
+def check_slots(state: dict[str, Any], lengths: Mapping[str, int]) -> None:
+    """Check that the buffers of a layer have their numbers of slots, if the layer has states.
+
+    Raises:
+        ValueError: naming the first buffer that does not.
+    """
+    for name, length in lengths.items():
+        states = state[name]
+        has_slots = states is not None and states.ndim == 4 and states.shape[2] == length
+        if state["is_initialized"] != has_slots:
+            raise ValueError(f"`path` must be a file that `save` wrote: its {name} do not have {length} slots.")
+
+
 def copied(value: Any) -> Any:
     """Return a value with copies of its tensors on the CPU."""
     if isinstance(value, Tensor):

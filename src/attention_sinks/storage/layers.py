@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..rope import Rotation
-from .fields import Device, NoneType, checked, copied, placed
+from .checks import check_states
+from .fields import Device, NoneType, check_slots, checked, copied, placed
 from .groups import Plan, SinkGroup, SinkGroups
 from .layout import Layout, Once, compute, write_slots
 from .plan import UpdatePlan, WindowedPlan, num_evicted_after
@@ -155,7 +156,7 @@ class SinkLayer(CacheLayerMixin):
         """Store the states of new tokens and return all that their queries attend to, see `SinkCache.update`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_states(key_states, value_states)
+        check_states(self.keys, self.values, key_states, value_states)
         if isinstance(plan, StaticPlan):
             return self._overwrite_oldest(key_states, value_states, plan)
         if self.pending is not None:
@@ -261,37 +262,6 @@ class SinkLayer(CacheLayerMixin):
         if self.rotation is not None:
             layout.write_sinks(self.sinks, self.rotating(key_states, value_states), self.seen, once)
         self.seen += key_states.shape[2]
-
-    def _check_states(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Check that new states are like those that are stored."""
-        keys, values = self.keys, self.values
-        new_keys, new_values = key_states.shape, value_states.shape
-        # What follows, in a form that is cheap enough for every layer and step.
-        if (
-            new_keys[2] == new_values[2]
-            and (new_keys[0], new_keys[1], new_keys[3]) == _heads(keys)
-            and (new_values[0], new_values[1], new_values[3]) == _heads(values)
-            and key_states.dtype is keys.dtype
-            and value_states.dtype is values.dtype
-            and key_states.device == keys.device == value_states.device
-        ):
-            return
-        if (new_keys[0], new_keys[2]) != (new_values[0], new_values[2]):
-            raise ValueError(
-                "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
-                f"{[*new_keys]} and {[*new_values]}."
-            )
-        for name, states, slots in (("key_states", key_states, keys), ("value_states", value_states, values)):
-            if _heads(states) != _heads(slots):
-                raise ValueError(
-                    f"`{name}` must keep batch size, heads and head dimension, {[*_heads(slots)]}, got the shape "
-                    f"{[*states.shape]}. Call `reset()`, or use a new cache, for another batch."
-                )
-            if states.dtype != slots.dtype or states.device != slots.device:
-                raise ValueError(
-                    f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
-                    f"{states.device}. Call `reset()`, or use a new cache, to change them."
-                )
 
     def activate_past_recording(self) -> None:
         """Keep what each update evicts until the next call, so that `crop` can take the update back."""
@@ -407,24 +377,13 @@ class SinkLayer(CacheLayerMixin):
             ValueError: if it is not the state of such a layer, or its device is not at hand.
         """
         state = checked(state, FIELDS, f"a {type(self).__name__}")
-        buffers = {"keys": self.window_length, "values": self.window_length, "sinks": self.num_sink_tokens}
-        if self.rotation is None:
-            del buffers["sinks"]
-        for name, length in buffers.items():
-            states = state[name]
-            if state["is_initialized"] != (states is not None and states.ndim == 4 and states.shape[2] == length):
-                raise ValueError(f"`path` must be a file that `save` wrote: its {name} do not have {length} slots.")
+        lengths = {"keys": self.window_length, "values": self.window_length}
+        check_slots(state, lengths if self.rotation is None else {**lengths, "sinks": self.num_sink_tokens})
         for name in _ATTRIBUTES:
             setattr(self, name, placed(state[name], state["device"], device))
         if self.is_initialized:
             sinks = state["sinks"] if self.rotation is not None else self.keys[:, :, : self.num_sink_tokens]
             self._join_group(placed(sinks, state["device"], device))
-
-
-def _heads(states: Tensor) -> tuple[int, int, int]:
-    """Return batch size, number of heads and head dimension."""
-    batch_size, num_heads, _, head_dim = states.shape
-    return batch_size, num_heads, head_dim
 
 
 def _empty_slots(states: Tensor, window_length: int) -> Tensor:

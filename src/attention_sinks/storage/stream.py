@@ -1,7 +1,6 @@
 """The stream of a cache: its layers, the plan of the current forward pass, and what is checked once per pass."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,6 +10,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..architecture.spec import CacheSpec
 from ..compat import DynamicIndexedLayer, LinearAttentionLayer, PassWatch
+from .checks import (
+    ACCURATE_POSITIONS,
+    COARSE_POSITION,
+    check_limit,
+    check_rebased,
+    check_window,
+    warn_of_coarse_positions,
+)
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
@@ -19,12 +26,6 @@ from .mixed import HybridSinkLayer, IndexedSinkLayer
 from .plan import UpdatePlan, WindowedPlan
 from .positions import TokenPositions, starts_with_pads
 from .static import CompilePolicy, StaticPlan
-
-# Models compute angles in float32, with an error that grows with the position (docs/reliability.md): up to here the
-# logits of SmolLM2-135M change by 2e-4 of their scale, ...
-ACCURATE_POSITIONS = 2**15
-# ... and from here on by 1 %.
-COARSE_POSITION = 2**20
 
 
 class Stream:
@@ -114,17 +115,11 @@ class Stream:
         return layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
 
     def _new_plan(self, layer: SinkLayer, seen: int, query_length: int, rebased: bool, all_slots: bool) -> UpdatePlan:
-        self._check_rebased(rebased)
+        check_rebased(self.layout.positions, rebased)
         self.check_limit(seen, query_length)
         in_order = self.spec.positions.needs_temporal_order
         plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots)
-        window = self.spec.sliding_window
-        if window < plan.kv_length > query_length:
-            raise ValueError(
-                f"`query_length` must be at most {window - plan.kv_length + query_length} with "
-                f"{plan.kv_length - query_length} tokens in the cache, got {query_length}: the sliding window of the "
-                f"model ({window}) would hide the sinks. Feed the tokens in smaller chunks."
-            )
+        check_window(plan, self.spec.sliding_window)
         return plan
 
     def announce(self, query_length: int, windowed: bool) -> Plan:
@@ -338,24 +333,10 @@ class Stream:
     def check_limit(self, seen: int, query_length: int) -> None:
         """Check that `query_length` tokens can follow the `seen` ones."""
         left, limit = self.positions_left(seen), self.spec.positions.limit
-        if query_length > left:
-            raise ValueError(
-                f"`query_length` must be at most {left} after {seen} tokens, got {query_length}: the model ends or "
-                f"changes its behaviour at position {limit}. Call `sink_generate`, which rebases positions where the "
-                "model allows it, or start a new stream with `reset()`."
-            )
+        check_limit(left, limit, seen, query_length)
         if limit - left >= COARSE_POSITION and not self._warned_of_coarse_positions:
             self._warned_of_coarse_positions = True
-            remedy = (
-                "Call `sink_generate`, which rebases positions, or, in your own decoding loop, `compact()` at times."
-                if self.spec.can_rebase
-                else "The positions of this model cannot be rebased; start a new stream with `reset()`."
-            )
-            warnings.warn(
-                f"The stream is at position {limit - left}: models compute angles in float32, and there their "
-                f"roundings begin to show in the logits. {remedy}",
-                stacklevel=2,
-            )
+            warn_of_coarse_positions(limit - left, self.spec.can_rebase)
 
     def needs_rebase(self, query_length: int) -> bool:
         """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
@@ -365,19 +346,12 @@ class Stream:
 
     def _check_static_step(self, rebased: bool, compiling: bool) -> None:
         """Check a step that will be compiled, as far as that is possible without waiting for the device."""
-        self._check_rebased(rebased)
+        check_rebased(self.layout.positions, rebased)
         if not compiling:
             self._static.announce()
             if self.positions_left() < 1:
                 self.sync()
                 self.check_limit(self.first.get_seq_length(), 1)
-
-    def _check_rebased(self, rebased: bool) -> None:
-        if self.layout.positions.offset > 0 and not rebased:
-            raise ValueError(
-                f"The cache counts positions from {self.layout.positions.offset} tokens on, since `sink_generate` "
-                "rebased them. Continue it with `sink_generate` or `sink_prefill`."
-            )
 
     def reset(self) -> None:
         """Drop the states of all layers and begin a new stream, whose rows are not padded."""

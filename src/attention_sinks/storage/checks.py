@@ -1,0 +1,95 @@
+"""What is refused before anything is stored: states of another form, chunks that hide the sinks, ends of positions."""
+
+import warnings
+
+from torch import Tensor
+
+from .plan import UpdatePlan
+from .positions import TokenPositions
+
+# Models compute angles in float32, with an error that grows with the position (docs/reliability.md): up to here the
+# logits of SmolLM2-135M change by 2e-4 of their scale, ...
+ACCURATE_POSITIONS = 2**15
+# ... and from here on by 1 %.
+COARSE_POSITION = 2**20
+
+
+def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+    """Check that new states are like those that are stored."""
+    new_keys, new_values = key_states.shape, value_states.shape
+    # What follows, in a form that is cheap enough for every layer and step.
+    if (
+        new_keys[2] == new_values[2]
+        and (new_keys[0], new_keys[1], new_keys[3]) == _heads(keys)
+        and (new_values[0], new_values[1], new_values[3]) == _heads(values)
+        and key_states.dtype is keys.dtype
+        and value_states.dtype is values.dtype
+        and key_states.device == keys.device == value_states.device
+    ):
+        return
+    if (new_keys[0], new_keys[2]) != (new_values[0], new_values[2]):
+        raise ValueError(
+            "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
+            f"{[*new_keys]} and {[*new_values]}."
+        )
+    for name, states, slots in (("key_states", key_states, keys), ("value_states", value_states, values)):
+        if _heads(states) != _heads(slots):
+            raise ValueError(
+                f"`{name}` must keep batch size, heads and head dimension, {[*_heads(slots)]}, got the shape "
+                f"{[*states.shape]}. Call `reset()`, or use a new cache, for another batch."
+            )
+        if states.dtype != slots.dtype or states.device != slots.device:
+            raise ValueError(
+                f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
+                f"{states.device}. Call `reset()`, or use a new cache, to change them."
+            )
+
+
+def _heads(states: Tensor) -> tuple[int, int, int]:
+    """Return batch size, number of heads and head dimension."""
+    batch_size, num_heads, _, head_dim = states.shape
+    return batch_size, num_heads, head_dim
+
+
+def check_window(plan: UpdatePlan, sliding_window: float) -> None:
+    """Check that the sliding window of a model shows the sinks to the last query of a pass."""
+    if sliding_window < plan.kv_length > plan.query_length:
+        num_kept = plan.kv_length - plan.query_length
+        raise ValueError(
+            f"`query_length` must be at most {sliding_window - num_kept} with {num_kept} tokens in the cache, got "
+            f"{plan.query_length}: the sliding window of the model ({sliding_window}) would hide the sinks. Feed the "
+            "tokens in smaller chunks."
+        )
+
+
+def check_limit(left: int, limit: int, seen: int, query_length: int) -> None:
+    """Check that `query_length` tokens can follow the `seen` ones, with `left` positions up to `limit`."""
+    if query_length > left:
+        raise ValueError(
+            f"`query_length` must be at most {left} after {seen} tokens, got {query_length}: the model ends or changes "
+            f"its behaviour at position {limit}. Call `sink_generate`, which rebases positions where the model allows "
+            "it, or start a new stream with `reset()`."
+        )
+
+
+def warn_of_coarse_positions(position: int, can_rebase: bool) -> None:
+    """Warn that float32 angles begin to show in the logits."""
+    remedy = (
+        "Call `sink_generate`, which rebases positions, or, in your own decoding loop, `compact()` at times."
+        if can_rebase
+        else "The positions of this model cannot be rebased; start a new stream with `reset()`."
+    )
+    warnings.warn(
+        f"The stream is at position {position}: models compute angles in float32, and there their roundings begin to "
+        f"show in the logits. {remedy}",
+        stacklevel=2,
+    )
+
+
+def check_rebased(positions: TokenPositions, rebased: bool) -> None:
+    """Check that the caller gives the model lower positions if the cache counts them lower."""
+    if positions.offset > 0 and not rebased:
+        raise ValueError(
+            f"The cache counts positions from {positions.offset} tokens on, since `sink_generate` rebased them. "
+            "Continue it with `sink_generate` or `sink_prefill`."
+        )
