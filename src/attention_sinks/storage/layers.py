@@ -63,9 +63,9 @@ class SinkLayer(CacheLayerMixin):
         self._rotates_values = rotation is not None and rotation.in_values
         self._moves_sinks = rotation is not None and num_sink_tokens > 0
         self.groups = groups
-        self._drop_states()
+        SinkLayer.reset(self)
 
-    def _drop_states(self) -> None:
+    def reset(self) -> None:
         # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
         self.keys = self.values = self.group = None  # type: ignore[assignment]
         self._sinks_index = 0
@@ -73,9 +73,6 @@ class SinkLayer(CacheLayerMixin):
         self.seen = self.num_evicted = 0
         self.record_past = False
         self.pending: tuple[Tensor, Tensor] | None = None
-
-    def reset(self) -> None:
-        self._drop_states()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -206,15 +203,13 @@ class SinkLayer(CacheLayerMixin):
         if plan.is_below_window and not (torch.is_grad_enabled() or self.record_past):
             self._store(key_states, value_states, plan.layout, plan.once)
             return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
-        returned = tuple(
-            torch.cat([*kept, states], dim=2)
-            for kept, states in zip(self._kept_in_order(plan), (key_states, value_states), strict=True)
-        )
+        kept_keys, kept_values = self._kept_in_order(plan)
+        returned = torch.cat([*kept_keys, key_states], dim=2), torch.cat([*kept_values, value_states], dim=2)
         if self.record_past:
             self.pending = key_states.detach(), value_states.detach()
         else:
             self._store(key_states, value_states, plan.layout, plan.once)
-        return returned[0], returned[1]
+        return returned
 
     def _kept_in_order(self, plan: UpdatePlan) -> list[list[Tensor]]:
         """Return the kept keys and values as parts to concatenate, the sinks where they act in the pass."""

@@ -40,7 +40,7 @@ class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
 
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
-        self._drop_states()
+        SinkLayer.reset(self)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
