@@ -15,8 +15,10 @@ from .cache import SinkCache
 from .compat import DriftError, chosen_cache, with_cache
 from .storage.plan import WindowedPlan
 
-# Wider chunks are somewhat faster (docs/benchmarks.md), and take memory for sinks that are repeated for every token.
-DEFAULT_CHUNK_SIZE = 64
+# The default chunk. Wider ones use the hardware better (docs/benchmarks.md); but each query brings a copy of the sinks, of
+# which there should be no more than this part of a window.
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
+SINK_COPIES_PER_WINDOW = 0.25
 
 
 def sink_prefill(
@@ -37,8 +39,8 @@ def sink_prefill(
         model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
         input_ids: the new tokens, `[batch_size, length]`; the pads of a padded batch are known to the cache.
         cache: a `SinkCache`, new or with earlier text.
-        chunk_size: how many tokens the model reads at once; by default as `default_chunk_size` says, or 1 for a model
-            whose masks cannot be replaced.
+        chunk_size: how many tokens the model reads at once; by default 16 to 128, depending on the window and the
+            number of sinks, or 1 for a model whose masks cannot be replaced.
         past_key_values: `cache` by its name in earlier versions of `transformers`; give one of the two.
         model_kwargs: more arguments of the model, `logits_to_keep=1` for instance.
 
@@ -156,8 +158,15 @@ def check_chunk_size(chunk_size: Any) -> None:
 
 
 def default_chunk_size(model: PreTrainedModel, cache: SinkCache) -> int:
-    """Return how many tokens at once a model reads with a window for each, by default."""
-    return DEFAULT_CHUNK_SIZE if can_window(model, cache) else 1
+    """Return how many tokens at once a model reads with a window for each, by default.
+
+    It follows from `window_length` and `num_sink_tokens`: 16 to 128 tokens, or 1 for a model whose masks cannot be
+    replaced.
+    """
+    if not can_window(model, cache):
+        return 1
+    wanted = int(SINK_COPIES_PER_WINDOW * cache.window_length / max(cache.num_sink_tokens, 1))
+    return min(max(wanted, SMALLEST_CHUNK), LARGEST_CHUNK)
 
 
 def can_window(model: PreTrainedModel, cache: SinkCache) -> bool:

@@ -60,7 +60,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_the_python_of_a_page_runs(page: Path, small: dict[str, Any], tmp_path: Path) -> None:
+def test_the_python_of_a_page_runs(
+    page: Path, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for the files that it saves
     shutil.copytree(ROOT / "hub", tmp_path / "hub")
     (tmp_path / "hub/custom_generate/requirements.txt").unlink()  # requires a version that may not be installed yet
     for block in blocks(page, "python"):
