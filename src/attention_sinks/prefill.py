@@ -15,8 +15,8 @@ from .cache import SinkCache
 from .compat import DriftError, chosen_cache, with_cache
 from .storage.plan import WindowedPlan
 
-# The default chunk. Wider ones use the hardware better (docs/benchmarks.md); but each query brings a copy of the sinks, of
-# which there should be no more than this part of a window.
+# The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
+# There should be no more copies than this part of a window.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 SINK_COPIES_PER_WINDOW = 0.25
 
