@@ -461,8 +461,8 @@ def test_a_session_of_another_model_or_tokenizer_is_refused(model: Any, tmp_path
     other.add_tokens(["another"])
     with pytest.raises(ValueError, match="`tokenizer` must be that of the session in .*: the vocabulary"):
         SinkSession.load(path, model, other)
-    with pytest.raises(ValueError, match="must be a file that `save` of a cache wrote, got .*: it holds a session"):
+    with pytest.raises(ValueError, match="must be a file that `save` of a cache wrote, got .*: it contains a session"):
         SinkCache.load(path, model.config)
     session.cache.save(path)
-    with pytest.raises(ValueError, match="must be a file that `save` of a session wrote, got .*: it holds a cache"):
+    with pytest.raises(ValueError, match="must be a file that `save` of a session wrote, got .*: it contains a cache"):
         SinkSession.load(path, model, byte_tokenizer())

@@ -21,7 +21,7 @@ from ..support.compiling import Compiler, compile_everywhere
 from ..support.inside import Worker, gnu_openmp
 from ..support.tokenizer import END, Answer, byte_tokenizer, chat_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
