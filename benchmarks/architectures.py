@@ -57,7 +57,8 @@ of model types by version and verdict:
 
 # Small sizes, by config field. A config gets the fields that it has.
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": VOCAB_SIZE, "unpadded_vocab_size": VOCAB_SIZE,
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ffn_dim": 64,
     "ffn_hidden_size": 64, "max_position_embeddings": 4096, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2,

@@ -20,7 +20,6 @@ from .compat import PassWatch
 from .rope import Rotation
 from .storage import changes, checkpoint
 from .storage.groups import Plan
-from .storage.layers import SinkLayer
 from .storage.mixed import IndexedSinkLayer
 from .storage.positions import TokenPositions, left_padding_of, token_positions
 from .storage.stream import Stream
@@ -75,11 +74,14 @@ class StreamCache(Cache):
             ValueError: for a chunk so long that the sliding window of the model would hide the sinks from its end, or
                 that crosses the last position at which the model behaves as at the start.
         """
-        layer, stream = self.layers[layer_idx], self._stream
-        is_sink_layer = isinstance(layer, SinkLayer)
+        stream = self._stream
+        if layer_idx == 0:  # the default of transformers, which may be a layer without attention
+            layer_idx = stream.first_attention_idx
+        layer = self.layers[layer_idx]
+        is_sink_layer = layer_idx in stream.sink_indices
         sizes: tuple[int, int] = stream.mask_sizes(query_length, layer if is_sink_layer else stream.first)
         stream.watch.mask_asked = True
-        return sizes if is_sink_layer else layer.get_mask_sizes(query_length)
+        return sizes if is_sink_layer else super().get_mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen, in a tensor if reading it would wait for the device."""

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from attention_sinks import SinkCache
 
 from ..support.inside import SinkLayer
-from ..support.models import CACHE, build_config, build_model, random_ids, tiny_model
+from ..support.models import CACHE, LATER, build_config, build_model, random_ids, tiny_model
 
 
 def test_only_sliding_layers_wider_than_the_window_become_rings() -> None:
@@ -84,3 +84,11 @@ def test_layers_of_different_kinds_crop_together_or_not_at_all() -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # in the words of the sliding layer
         cache.crop(-1)
     assert [layer.get_seq_length() for layer in cache.layers] == [30, 30, 30]
+
+
+@pytest.mark.skipif(not LATER, reason="early transformers 5 has no such layers")
+def test_a_mask_asked_of_a_layer_without_attention_is_that_of_the_first_with_attention() -> None:
+    """`transformers` asks layer 0 by default, whatever its kind."""
+    cache = SinkCache(build_config("qwen3_next"), 8, 2)
+    assert not hasattr(cache.layers[0], "keys")
+    assert cache.get_mask_sizes(3, 0) == cache.get_mask_sizes(3, 1) == (3, 0)

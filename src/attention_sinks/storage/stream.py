@@ -52,6 +52,7 @@ class Stream:
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
         self.sink_indices = frozenset(spec.sink_layers)
+        self.first_attention_idx = next(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
         self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
         self._guard = PassGuard(spec.text_layers[-1])
