@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 from attention_sinks import SinkSession, sink_generate
 
 from ..support.compiling import Compiler, compile_everywhere
-from ..support.inside import Worker, gnu_openmp
+from ..support.inside import Worker, gnu_openmp, thread_of
 from ..support.tokenizer import END, Answer, byte_tokenizer, chat_model
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_an_abandoned_session_leaves_no_thread(model: Any, moment: str) -> None:
         left = ABANDONED[moment](session)
     except ArithmeticError:
         assert moment == "after an error"
-    thread: Any = session._worker._thread
+    thread: Any = thread_of(session)
     assert thread.is_alive()
     gone = weakref.ref(session)
     del session, left
@@ -156,7 +156,7 @@ def test_a_session_in_a_cycle_may_be_collected_in_its_own_thread(model: Any) -> 
 
     answer = session.chat("Hello", logits_processor=LogitsProcessorList([collect]))
     assert next(answer) == "H"
-    worker: Any = session._worker._thread
+    worker: Any = thread_of(session)
     cycle: list[Any] = [answer, session]
     cycle.append(cycle)
     gc.disable()

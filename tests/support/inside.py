@@ -20,7 +20,9 @@ import attention_sinks.files
 import attention_sinks.storage.static
 import attention_sinks.storage.stream
 from attention_sinks import Rotation, SinkCache, SinkSession
+from attention_sinks.architecture import twin as twin_module
 from attention_sinks.architecture.positions import LAST_POSITION, derive_positions
+from attention_sinks.architecture.twin import RESIZES, LostCache, OwnRandomness, Twin, build_twin, isolated, shrink
 from attention_sinks.compat import PassWatch
 from attention_sinks.files import FORMAT
 from attention_sinks.prefill import read_in_chunks
@@ -37,22 +39,30 @@ from attention_sinks.streaming import _gnu_openmp as gnu_openmp
 __all__ = [
     "FORMAT",
     "LAST_POSITION",
+    "RESIZES",
     "Detokenizer",
     "HybridSinkLayer",
     "IndexedSinkLayer",
     "Layout",
+    "LostCache",
+    "OwnRandomness",
     "PassGuard",
     "SinkLayer",
     "StaticPlan",
+    "Twin",
     "UpdatePlan",
     "WindowedPlan",
     "Worker",
+    "build_twin",
     "compute",
     "derive_positions",
     "gnu_openmp",
+    "isolated",
     "layout_of",
     "num_recent_in_window",
+    "shrink",
     "token_positions",
+    "twin_module",
     "write_slots",
 ]  # fmt: skip
 
@@ -225,6 +235,11 @@ FILES = attention_sinks.files
 def ids_of(session: SinkSession) -> list[int]:
     """The tokens that the cache counts, and those that it has still to read."""
     return session._ids
+
+
+def thread_of(session: SinkSession) -> Any:
+    """The thread that computes for a session; None before its first forward pass."""
+    return session._worker._thread
 
 
 def age_session(session: SinkSession, tokens: int) -> None:

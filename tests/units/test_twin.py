@@ -25,10 +25,6 @@ from transformers import (
     XLNetConfig,
 )
 
-from attention_sinks.architecture import twin as twin_module
-from attention_sinks.architecture.positions import derive_positions
-from attention_sinks.architecture.twin import RESIZES, LostCache, OwnRandomness, Twin, build_twin, isolated, shrink
-
 # The shapes of models that fill a machine.
 LLAMA_70B = LlamaConfig(
     hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, num_hidden_layers=80,
