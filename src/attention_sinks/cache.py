@@ -86,7 +86,7 @@ class StreamCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen, in a tensor if reading it would wait for the device."""
         if self._stream.has_unread_steps:
-            return self._stream.first.group.count  # type: ignore[return-value]
+            return self._stream.first.group.count.clone()  # type: ignore[return-value]
         return self.get_seq_length(layer_idx)
 
     @property
@@ -244,8 +244,8 @@ class SinkCache(StreamCache):
     @property
     def num_rows(self) -> int:
         """Number of rows of a batch that are stored, 0 before the first prompt."""
-        first = self._stream.first
-        return first.keys.shape[0] if first.is_initialized else 0
+        keys = self._stream.first.keys
+        return 0 if keys is None else keys.shape[0]
 
     # --- positions and left padding
 

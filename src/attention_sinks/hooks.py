@@ -55,5 +55,6 @@ def inputs_prepared_by(model: Any, function: Prepare) -> Iterator[None]:
                 del patch.functions[thread]
             if not patch.functions:
                 vars(model).pop(_PreparePatch.name)
+                vars(patch.prepared).clear()  # the patch and what it holds of the model would keep each other alive
                 if patch.own is not None:
                     setattr(model, _PreparePatch.name, patch.own)

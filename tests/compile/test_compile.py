@@ -174,6 +174,16 @@ def test_a_rebase_does_not_cause_a_recompilation(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.exhaustive
+def test_a_rebase_is_exact_where_the_user_compiled_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    rebase_every(monkeypatch, 40)
+    model, compiled_model, ids = build("llama"), build("llama"), random_ids(6)
+    compiled_model.forward = torch.compile(compiled_model.forward, backend=Compiler())
+    settings: dict[str, Any] = {"window_length": W, "max_new_tokens": 120, "disable_compile": True}
+    outputs: list[Any] = [sink_generate(each, ids, **settings) for each in (compiled_model, model)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.exhaustive
 def test_a_crop_and_compiled_steps_may_alternate() -> None:
     model = build("llama")
     step = compiled(model, Compiler())

@@ -79,6 +79,7 @@ CHANGES: dict[str, Change] = {
     "crop": lambda model, cache: cache.crop(-3),
     "rebase": lambda model, cache: cache.rebase(),
     "compact": lambda model, cache: cache.compact(),
+    "reset": lambda model, cache: cache.reset(),
 }
 
 
@@ -162,7 +163,7 @@ def test_a_padded_forward_pass_interrupted_at_any_line_is_exact_or_noticed(chang
 BETWEEN = [
     *itertools.product(
         ["llama", "deepseek_v3", *sorted(LATER.keys() - {"qwen3_next", "lfm2"})],
-        ["reorder", "select", "crop", "rebase", "compact"],
+        ["reorder", "select", "crop", "rebase", "compact", "reset"],
     )
 ]
 

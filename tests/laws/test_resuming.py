@@ -1,6 +1,7 @@
 """A stream that is resumed from a file is bitwise equal to one that never stopped."""
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -117,15 +118,17 @@ def test_padded_rows_are_resumed_bitwise(steps: int, tmp_path: Path) -> None:
     cache = output[CACHE]
     cache.save(tmp_path / "stream")
     resumed = SinkCache.load(tmp_path / "stream", model.config)
+    pickled = pickle.loads(pickle.dumps(cache))
     more: list[Any] = [
         sink_generate(
             model, output.sequences[:, -1:], past_key_values=each, max_new_tokens=30, output_logits=True,
             return_dict_in_generate=True, **options,
         )
-        for each in (resumed, cache)
+        for each in (resumed, pickled, cache)
     ]  # fmt: skip
-    assert torch.equal(more[0].sequences, more[1].sequences)
-    assert torch.equal(torch.stack(more[0].logits), torch.stack(more[1].logits))
+    for each in more[:2]:
+        assert torch.equal(each.sequences, more[2].sequences)
+        assert torch.equal(torch.stack(each.logits), torch.stack(more[2].logits))
 
 
 def test_a_save_changes_nothing_and_a_loaded_cache_shares_nothing(tmp_path: Path) -> None:
@@ -139,6 +142,17 @@ def test_a_save_changes_nothing_and_a_loaded_cache_shares_nothing(tmp_path: Path
     cache.save(tmp_path / "stream")  # over the file that `first` was loaded from
     read_random(model, first, [7])
     for mine, others in zip(continued(model, cache), continued(model, untouched), strict=True):
+        assert torch.equal(mine, others)
+
+
+def test_caches_made_from_one_state_share_nothing() -> None:
+    model = tiny_model("llama")
+    cache = SinkCache(model.config, W, S)
+    read_random(model, cache, [20, 1, 1])
+    state = cache.state()
+    first, second = (SinkCache.from_state(state, model.config) for _ in range(2))
+    read_random(model, first, [30])
+    for mine, others in zip(continued(model, second), continued(model, cache), strict=True):
         assert torch.equal(mine, others)
 
 

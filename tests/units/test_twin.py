@@ -25,6 +25,18 @@ from transformers import (
     XLNetConfig,
 )
 
+from ..support.inside import (
+    RESIZES,
+    LostCache,
+    OwnRandomness,
+    Twin,
+    build_twin,
+    derive_positions,
+    isolated,
+    shrink,
+    twin_module,
+)
+
 # The shapes of models that fill a machine.
 LLAMA_70B = LlamaConfig(
     hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8, num_hidden_layers=80,

@@ -24,6 +24,12 @@ IRRELEVANT_FIELDS = (
     r"^output_(attentions|hidden_states|router_logits)$|^is_(encoder_)?decoder$|tokenizer|auto_map|quantization|"
     r"chunk_size_feed_forward|pretraining_tp|implementation"
 )
+_ROTATION_FIELDS: dict[str, tuple[type, ...]] = {
+    "inv_freq": (Tensor,),
+    "start": (int,),
+    "interleaved": (bool,),
+    "in_values": (bool,),
+}
 # What is saved of a cache besides its layers, and of which types.
 FIELDS: dict[str, tuple[type, ...]] = {
     "config": (dict,),
@@ -128,12 +134,15 @@ def check_config(saved: dict[str, Any], config: PreTrainedConfig) -> None:
 
 def rotations_of(layers: Iterable[SinkLayer]) -> list[dict[str, Any] | None]:
     """Return the rotations of sink layers as plain values and tensors."""
-    return [None if layer.rotation is None else dict(vars(layer.rotation)) for layer in layers]
+    return [
+        None if layer.rotation is None else {name: getattr(layer.rotation, name) for name in _ROTATION_FIELDS}
+        for layer in layers
+    ]
 
 
 def rotations_from(saved: list[dict[str, Any] | None]) -> list[Rotation | None]:
     """Return the rotations that `rotations_of` described."""
-    return [None if rotation is None else Rotation(**rotation) for rotation in saved]
+    return [None if each is None else Rotation(**checked(each, _ROTATION_FIELDS, "a rotation")) for each in saved]
 
 
 def same_rotation(rotation: Rotation | None, other: Rotation | None) -> bool:

@@ -14,10 +14,20 @@ ACCURATE_POSITIONS = 2**15
 COARSE_POSITION = 2**20
 
 
+def check_agreement(key_states: Tensor, value_states: Tensor) -> None:
+    """Check that new keys and values belong to the same tokens."""
+    new_keys, new_values = key_states.shape, value_states.shape
+    if (new_keys[0], new_keys[2]) != (new_values[0], new_values[2]):
+        raise ValueError(
+            "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
+            f"{[*new_keys]} and {[*new_values]}."
+        )
+
+
 def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor) -> None:
     """Check that new states are like those that are stored."""
     new_keys, new_values = key_states.shape, value_states.shape
-    # What follows, in a form that is cheap enough for every layer and step.
+    # Fast path: all checks below in one condition.
     if (
         new_keys[2] == new_values[2]
         and (new_keys[0], new_keys[1], new_keys[3]) == _heads(keys)
@@ -27,11 +37,7 @@ def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states:
         and key_states.device == keys.device == value_states.device
     ):
         return
-    if (new_keys[0], new_keys[2]) != (new_values[0], new_values[2]):
-        raise ValueError(
-            "`key_states` and `value_states` must agree in batch size and number of tokens, got the shapes "
-            f"{[*new_keys]} and {[*new_values]}."
-        )
+    check_agreement(key_states, value_states)
     for name, states, slots in (("key_states", key_states, keys), ("value_states", value_states, values)):
         if _heads(states) != _heads(slots):
             raise ValueError(

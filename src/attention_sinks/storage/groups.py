@@ -32,14 +32,12 @@ class SinkGroup:
         self.dtype = dtype
         self.count = torch.zeros((), dtype=torch.long, device=device)
         self.offset = torch.zeros((), dtype=torch.long, device=device)
-        # The sinks of each layer; once they were rotated, views of one tensor `[num_layers, batch_size, ...]`.
-        self._sinks: list[Tensor] = []
-        self._stacked: Tensor | None = None
+        # The sinks of each layer, one by one or, once they were rotated, in one tensor `[num_layers, batch_size, ...]`.
+        self._sinks: list[Tensor] | Tensor = []
 
     def add(self, sinks: Tensor) -> int:
         """Take over the pristine sinks of a layer, `[batch_size, num_heads, S, head_dim]`; return their index."""
-        self._sinks.append(sinks)
-        self._stacked = None
+        self._sinks = [*self._sinks, sinks]
         return len(self._sinks) - 1
 
     def sinks(self, index: int) -> Tensor:
@@ -49,9 +47,10 @@ class SinkGroup:
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, in that order."""
         there = index.to(self.device)
-        selected = [replaced(sinks, sinks.index_select(0, there)) for sinks in self._sinks]
-        if any(new is not old for new, old in zip(selected, self._sinks, strict=True)):
-            self._sinks, self._stacked = selected, None
+        if isinstance(self._sinks, Tensor):
+            self._sinks = replaced(self._sinks, self._sinks.index_select(1, there))
+        else:
+            self._sinks = [replaced(sinks, sinks.index_select(0, there)) for sinks in self._sinks]
 
     def rotated_sinks(self, plan: Plan, index: int) -> Tensor:
         """Return the sinks of a layer where they act in a pass, `[batch_size, num_heads, S, head_dim]`."""
@@ -64,12 +63,11 @@ class SinkGroup:
 
     def _rotate_all(self, plan: UpdatePlan) -> tuple[Tensor, ...]:
         assert self.rotation is not None
-        if self._stacked is None:
+        if not isinstance(self._sinks, Tensor):
             with torch.inference_mode(False):
-                self._stacked = torch.stack(self._sinks)
-                self._sinks = list(self._stacked.unbind())
-        cos_sin = plan.cos_sin(self.rotation, self._stacked.dtype, self.device)
-        return self.rotation.rotate_by(cos_sin, self._stacked).to(self.dtype).unbind()
+                self._sinks = torch.stack(self._sinks)
+        cos_sin = plan.cos_sin(self.rotation, self._sinks.dtype, self.device)
+        return self.rotation.rotate_by(cos_sin, self._sinks).to(self.dtype).unbind()
 
     def step(self, plan: Plan, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a step writes to a layer beside the new token.

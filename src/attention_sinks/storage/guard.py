@@ -32,6 +32,10 @@ class PassGuard:
         # True while states are changed, and after something interrupted that.
         self._is_changing = False
 
+    def begin_reset(self) -> None:
+        """Note that all states are dropped now; `restart` ends it."""
+        self._is_changing = True
+
     def run(self, part: Part, damage: Damage, change: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         """Change the states of a layer as a part of a pass. A ValueError is a refusal, which changes nothing.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..rope import Rotation
-from .checks import check_states
+from .checks import check_agreement, check_states
 from .fields import Device, NoneType, check_slots, checked, copied, placed
 from .groups import Plan, SinkGroup, SinkGroups
 from .layout import Layout, Once, compute, write_slots
@@ -97,14 +97,19 @@ class SinkLayer(CacheLayerMixin):
     @property
     def takes_static_steps(self) -> bool:
         """True if a single token can be taken in the static form now."""
-        return self.is_initialized and not self.record_past and self.pending is None and not self.groups.has_gap
+        return self.keys is not None and not self.record_past and self.pending is None and not self.groups.has_gap
+
+    @property
+    def known_length(self) -> int:
+        """Number of tokens seen, pending ones included, as far as Python knows."""
+        return self.seen + (0 if self.pending is None else self.pending[0].shape[2])
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen, pending ones included. Waits for the device after compiled steps."""
         if self.groups.policy.is_compiling and self.groups.policy.supported and self.takes_static_steps:
-            return self.group.count  # type: ignore[return-value]
-        seen = int(self.group.count) if self.groups.is_stale and self.group is not None else self.seen
-        return seen + (0 if self.pending is None else self.pending[0].shape[2])
+            # A copy: flex attention reads it inside of the kernel, when the step has counted already.
+            return self.group.count.clone()  # type: ignore[return-value]
+        return int(self.group.count) if self.groups.is_stale and self.group is not None else self.known_length
 
     def get_max_length(self) -> int:
         return self.window_length
@@ -152,12 +157,11 @@ class SinkLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Store the states of new tokens and return all that their queries attend to, see `SinkCache.update`."""
         if not self.is_initialized:
+            check_agreement(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
         check_states(self.keys, self.values, key_states, value_states)
         if isinstance(plan, StaticPlan):
             return self._overwrite_oldest(key_states, value_states, plan)
-        if self.pending is not None:
-            self.flush_pending(plan.layout, plan.once)
         if isinstance(plan, WindowedPlan):
             return self._append_windowed(key_states, value_states, plan)
         if plan.overwrites and not self.record_past:
@@ -323,10 +327,6 @@ class SinkLayer(CacheLayerMixin):
             for slots, parts in zip((self.keys, self.values), self._kept_in_order(plan), strict=True):
                 kept = torch.cat(parts, dim=2)
                 slots[:, :, : kept.shape[2]] = kept
-
-    def catch_up(self, seen: int) -> None:
-        """Count the tokens of compiled steps: `seen` in all."""
-        self.seen = seen
 
     def drop_evicted_from_count(self, num_evicted: int) -> None:
         """Do not count the first `num_evicted` tokens any more."""

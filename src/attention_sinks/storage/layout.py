@@ -43,10 +43,6 @@ class Layout:
         self.positions = positions
         self._on_device: dict[Hashable, Tensor] = {}
 
-    def with_positions(self, positions: TokenPositions) -> "Layout":
-        """Return the same slots for a batch whose tokens stand at `positions`."""
-        return layout_of(self.window_length, self.num_sink_tokens, positions)
-
     def slot(self, token: int) -> int:
         """Return the slot of a token."""
         num_sinks = self.num_sink_tokens

@@ -1,6 +1,6 @@
 """What one forward pass does to every layer of a cache, computed once for all of them.
 
-`SinkCache` makes the plan when the model asks for the sizes of its mask, or at the first update, and drops it when the
+A `Stream` makes the plan when the model asks for the sizes of its mask, or at the first update, and drops it when the
 last layer was reached. A plan is a pure function of the layout, the tokens seen before the pass and the number of new
 ones; what it computes on demand is remembered as long as it lives.
 """
@@ -32,6 +32,7 @@ class UpdatePlan:
         num_evicted: number of tokens evicted before the pass.
         in_order: return the tokens in the order of their positions, always.
         all_slots: return all W slots for a single token, full or not, as a compiled step does.
+        rebased: the caller gives the model positions as `TokenPositions.position_ids` counts them.
 
     Attributes:
         evicted: number of evicted tokens when the first query looks, which is the shift of the sinks.
@@ -41,9 +42,6 @@ class UpdatePlan:
         rotates_sinks: True if the sinks do not act where they were fed.
     """
 
-    is_static = False
-    is_windowed = False
-
     def __init__(
         self,
         layout: Layout,
@@ -52,11 +50,13 @@ class UpdatePlan:
         num_evicted: int = 0,
         in_order: bool = False,
         all_slots: bool = False,
+        rebased: bool = False,
     ) -> None:
         self.layout = layout
         self.start = start
         self.query_length = query_length
         self.all_slots = all_slots
+        self.rebased = rebased
         full = start + 1 - layout.window_length
         # The shift of the first query holds for the whole pass.
         self.evicted = num_evicted_after(start + min(query_length, 1), layout.window_length, num_evicted)
@@ -79,7 +79,7 @@ class UpdatePlan:
         return self.end <= self.layout.window_length and self.evicted == 0
 
     def fits(self, start: int, query_length: int) -> bool:
-        """Return True if this is the plan for so many new tokens after `start` ones."""
+        """Return True if this is the plan for `query_length` new tokens after `start` ones."""
         return (start, query_length) == (self.start, self.query_length)
 
     def once(self, key: Hashable, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -124,12 +124,10 @@ class WindowedPlan(UpdatePlan):
         shares_buffers: let all layers return the same memory in turn: no layer reads what another one returned.
     """
 
-    is_windowed = True
-
     def __init__(
         self, layout: Layout, start: int, query_length: int, num_evicted: int = 0, shares_buffers: bool = False
     ) -> None:
-        super().__init__(layout, start, query_length, num_evicted)
+        super().__init__(layout, start, query_length, num_evicted, rebased=True)
         self.shares_buffers = shares_buffers
         self.overwrites = False
         self.num_recent = num_recent_in_window(layout, start)

@@ -28,8 +28,8 @@ class StaticPlan:
         steps_announced: number of steps that were announced since Python last knew the number of tokens.
     """
 
-    is_static = all_slots = overwrites = rotates_sinks = True
-    is_windowed = False
+    all_slots = overwrites = rotates_sinks = True
+    rebased = False
     query_length = 1
     kv_offset = 0
 

@@ -15,6 +15,7 @@ from .checks import (
     COARSE_POSITION,
     check_limit,
     check_rebased,
+    check_states,
     check_window,
     warn_of_coarse_positions,
 )
@@ -100,14 +101,14 @@ class Stream:
         may_be_static = announcing or (compiling and plan is not None and plan.all_slots)
         if may_be_static and query_length == 1 and self._is_static_step(layer):
             if plan is not self._static:
-                self._check_static_step(rebased, compiling)
+                self._check_static_step(rebased or (plan is not None and plan.rebased), compiling)
                 self._plan = self._static
             return self._static
         self.sync()
-        seen = layer.get_seq_length()
+        seen = layer.known_length
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
-            all_slots = isinstance(plan, StaticPlan) and query_length == 1
+            all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
             plan = self._plan = self._new_plan(layer, seen, query_length, rebased or all_slots, all_slots)
         return plan
 
@@ -119,7 +120,7 @@ class Stream:
         check_rebased(self.layout.positions, rebased)
         self.check_limit(seen, query_length)
         in_order = self.spec.positions.needs_temporal_order
-        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots)
+        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased)
         check_window(plan, self.spec.sliding_window)
         return plan
 
@@ -183,10 +184,16 @@ class Stream:
     ) -> UpdatePlan:
         """Check the first states of a stream before a layer takes them."""
         if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
-            plan = self._plan = UpdatePlan(self.layout, plan.start, plan.query_length)
+            if isinstance(plan, WindowedPlan):
+                raise ValueError(
+                    f"`attention_mask` must have a row for each of the {key_states.shape[0]} rows of `input_ids`."
+                )
+            plan = self._plan = self._new_plan(self.first, plan.start, plan.query_length, plan.rebased, plan.all_slots)
         # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
-        told = plan.start > 0 or self.layout.positions.left_padding is not None
-        if layer_idx == self.spec.first_rotating_layer and not told and starts_with_pads(key_states, value_states):
+        is_known = plan.start > 0 or self.layout.positions.left_padding is not None or self.policy.is_compiling
+        if layer_idx != self.spec.first_rotating_layer or is_known:
+            return plan
+        if starts_with_pads(key_states, value_states):
             self.reset()  # layers before this one took the prompt already
             raise ValueError(
                 "`key_states` start with two equal tokens, as only padding does. Tell the cache of it: "
@@ -212,6 +219,8 @@ class Stream:
         self, layer: SinkLayer, key_states: Tensor, value_states: Tensor, plan: UpdatePlan
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
+        if layer.is_initialized:
+            check_states(layer.keys, layer.values, key_states, value_states)
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
         if layer is self.last:
@@ -243,7 +252,7 @@ class Stream:
         if self.groups.is_stale:
             seen = int(self.first.group.count)
             for layer in self.sink_layers():
-                layer.catch_up(seen)
+                layer.seen = seen
             self.tell_compiled_steps()
 
     @property
@@ -356,6 +365,7 @@ class Stream:
 
     def reset(self) -> None:
         """Drop the states of all layers and begin a new stream, whose rows are not padded."""
+        self._guard.begin_reset()
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
                 LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
