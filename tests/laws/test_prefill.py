@@ -39,6 +39,15 @@ def test_chunks_give_the_logits_of_single_tokens(architecture: str, chunk_size: 
         assert relative_error(logits[i : i + 1], alone) < 1e-4
 
 
+@pytest.mark.parametrize("chunk_size", [7, 50])
+def test_chunks_are_exact_where_the_model_would_hide_sinks_from_their_last_queries(chunk_size: int) -> None:
+    """The window of the model is hardly wider than ours, but each query of a chunk sees ours."""
+    model = build_model(build_config("mistral-sliding", num_hidden_layers=2, sliding_window=W + 2))
+    ids = random_ids(60)
+    logits = prefilled(model, ids, SinkCache(model.config, W, S), chunk_size)
+    assert relative_error(logits, by_token(model, ids)) < 1e-4
+
+
 @pytest.mark.parametrize("num_sink_tokens", [0, 4, 15])
 def test_chunks_are_exact_with_no_sinks_and_with_almost_only_sinks(num_sink_tokens: int) -> None:
     model = tiny_model("llama", num_hidden_layers=2)

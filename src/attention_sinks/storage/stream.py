@@ -132,13 +132,15 @@ class Stream:
             windowed: let each query of the chunk see its own window, by a mask that is made with the plan.
         """
         self._plan = None
-        plan = self.plan_for(self.first, query_length, announcing=not windowed, rebased=True)
-        if windowed:
-            evicted, separate = self.first.num_evicted, self.spec.has_separate_layers
-            plan = self._plan = WindowedPlan(
-                self.layout, self.first.get_seq_length(), query_length, evicted, shares_buffers=separate
-            )
-        return plan
+        if not windowed:
+            return self.plan_for(self.first, query_length, announcing=True, rebased=True)
+        self.sync()
+        seen, evicted = self.first.known_length, self.first.num_evicted
+        self.check_limit(seen, query_length)
+        # The mask of the plan takes the place of the model's, whose sliding window therefore hides nothing.
+        separate = self.spec.has_separate_layers
+        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, shares_buffers=separate)
+        return self._plan
 
     def drop_plan(self) -> None:
         """End the current pass."""
