@@ -10,7 +10,7 @@ from .cache import SinkCache
 
 
 class GenerationSettings:
-    """What `generate` will be told: by an argument, by the given generation config, or by that of the model."""
+    """The setting that `generate` will use: the argument, or that of the given generation config, or the model's."""
 
     def __init__(self, model: Any, generate_kwargs: dict[str, Any]) -> None:
         self._kwargs = generate_kwargs
@@ -80,7 +80,7 @@ def text_for(cache: SinkCache, input_ids: Tensor, attention_mask: Tensor | None)
     `attention_mask` is longer than `input_ids`.
 
     Raises:
-        ValueError: if the mask says something else of the text so far than the cache was told.
+        ValueError: if the mask pads the text so far in another way than the cache knows.
     """
     seen, length, positions = cache.get_seq_length(), input_ids.shape[1], cache.token_positions
     if seen == 0:

@@ -186,9 +186,9 @@ class SinkLayer(CacheLayerMixin):
             write_slots(keys, slot, key_states)
             write_slots(values, slot, value_states)
             return
-        (rotating, states), (still, still_states) = (keys, key_states), (values, value_states)
+        (rotating, states), (others, other_states) = (keys, key_states), (values, value_states)
         if self._rotates_values:
-            rotating, states, still, still_states = still, still_states, rotating, states
+            rotating, states, others, other_states = others, other_states, rotating, states
         slots, slot, sinks = self.group.step(plan, self._sinks_index)
         if plan.stores_sinks:
             # A row whose token is a sink has evicted nothing: its sinks are rotated by zero.
@@ -198,7 +198,7 @@ class SinkLayer(CacheLayerMixin):
             sinks = torch.where(is_new, states, sinks)
         # One write for the sinks and the token. Where both have the same slot they are equal.
         write_slots(rotating, slots, torch.cat([sinks, states], dim=2))
-        write_slots(still, slot, still_states)
+        write_slots(others, slot, other_states)
 
     def _append(self, key_states: Tensor, value_states: Tensor, plan: UpdatePlan) -> tuple[Tensor, Tensor]:
         """Return the kept tokens and the new ones, in order."""

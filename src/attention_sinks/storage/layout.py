@@ -1,7 +1,7 @@
 """Which slot of a layer holds which token of a row, and at which position the token stands.
 
 A layout is immutable: a change of the batch or of the positions makes a new one. It computes indices and moves states;
-how many tokens there are is told by the caller.
+the caller passes the number of tokens.
 """
 
 from collections.abc import Callable, Hashable

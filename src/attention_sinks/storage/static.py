@@ -100,7 +100,7 @@ class CompilePolicy:
         return self.supported and (self.is_compiling or (self.uncompiled_steps < 2 and compiles_by_itself(device)))
 
     def note_pass(self, query_length: int) -> None:
-        """Note an uncompiled pass of so many tokens."""
+        """Note a pass of `query_length` tokens that was not compiled."""
         self.uncompiled_steps = self.uncompiled_steps + 1 if query_length == 1 else 0
 
     def expect_compiled_steps(self) -> None:
