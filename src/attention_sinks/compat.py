@@ -197,7 +197,7 @@ def compiles_by_itself(device: torch.device | None) -> bool:
     Asks `transformers`. A `device` of None stands for the accelerator at hand, if there is one.
     """
     if device is None:
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model: Any = types.SimpleNamespace(device=device, config=PreTrainedConfig())
     arguments: dict[str, Any] = {cache_name(): _CompileableCache(layers=[])}
     before = os.environ.get("TOKENIZERS_PARALLELISM")  # set by transformers where it compiles
