@@ -61,6 +61,22 @@ LLAMA3_ROPE = {
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
+# Latent attention and experts, as small as they go.
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+
 # name: config class and what differs from SIZES
 ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
@@ -80,24 +96,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "cohere": (CohereConfig, {}),
     "glm4": (Glm4Config, {"head_dim": 32}),
     "gptj": (GPTJConfig, {"n_inner": 64, "rotary_dim": 8}),
-    "deepseek_v3": (
-        DeepseekV3Config,
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "qk_head_dim": 16,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
-        },
-    ),
+    "deepseek_v3": (DeepseekV3Config, {**DEEPSEEK, "qk_head_dim": 16}),
     "mpt": (MptConfig, {"max_seq_len": 512}),
 }
 
@@ -121,18 +120,7 @@ if HAS_LATER_MODELS:
         "deepseek_v32": (
             transformers.DeepseekV32Config,
             {
-                "num_key_value_heads": 4,
-                "q_lora_rank": 16,
-                "kv_lora_rank": 16,
-                "qk_rope_head_dim": 8,
-                "qk_nope_head_dim": 8,
-                "v_head_dim": 16,
-                "n_routed_experts": 4,
-                "num_experts_per_tok": 2,
-                "n_group": 1,
-                "topk_group": 1,
-                "moe_intermediate_size": 32,
-                "first_k_dense_replace": 1,
+                **DEEPSEEK,
                 "index_topk": 6,
                 "index_head_dim": 16,
                 "index_n_heads": 32,
