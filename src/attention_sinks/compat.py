@@ -127,7 +127,8 @@ class PassWatch:
     def announce(self, query_length: int, asks_mask: bool) -> None:
         """Expect a pass of `query_length` tokens. `asks_mask`: True if the model must ask for the sizes of its mask."""
         self._check_moved()
-        self._announced, self._asks_mask, self.moved = query_length, asks_mask, False
+        self._announced, self._asks_mask = query_length, asks_mask
+        self.mask_asked = self.moved = False
         self.passes += 1
 
     def begin_pass(self, query_length: int) -> None:
@@ -147,7 +148,6 @@ class PassWatch:
             raise DriftError(f"the model reads {query_length} tokens where {self._announced} were announced")
         if self._asks_mask and not self.mask_asked:
             raise DriftError("the model did not ask the cache for the sizes of its attention mask")
-        self.mask_asked = False
         self.moved = True
 
     def check(self) -> None:
