@@ -24,6 +24,7 @@ from .compat import DriftError
 from .generate import ASSISTED, check_arguments, sink_generate
 from .prefill import last_logits_only, sink_prefill
 from .prompt import GenerationSettings
+from .storage.fields import NoneType, checked
 from .streaming import AnswerCriteria, Detokenizer, Emit, TokenStreamer, Worker, compile_permission
 from .template import ChatTemplate, encode
 
@@ -33,6 +34,18 @@ _OWN_ARGUMENTS = {
     "max_length", "min_length", "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate",
     "streamer", "use_cache",
 }  # fmt: skip
+
+# What a file holds of a session, and of which types.
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "tokenizer": (str,),
+    "system": (str, NoneType),
+    "ids": (Tensor,),
+    "forgotten": (int,),
+    "open": (str, NoneType),
+    "ended": (bool,),
+    "cache": (dict,),
+}
 
 
 class SinkSession:
@@ -157,7 +170,7 @@ class SinkSession:
             >>> session.save("chat.safetensors")
             >>> session = SinkSession.load("chat.safetensors", model, tokenizer)
         """
-        state = files.read(path, "session")
+        state = checked(files.read(path, "session"), _FIELDS, "a session")
         # In a model that accelerate placed, each layer of the cache goes where it was, otherwise to the model's device.
         device = None if getattr(model, "hf_device_map", None) else model.device
         cache = SinkCache.from_state(state["cache"], model.config, device)

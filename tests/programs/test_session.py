@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from attention_sinks import SinkCache, SinkSession
 
-from ..support.inside import ids_of
+from ..support.inside import FILES, ids_of
 from ..support.models import CACHE, build_model, relative_error
 from ..support.tokenizer import END, TEMPLATES, Answer, byte_tokenizer, chat_model
 
@@ -466,3 +466,18 @@ def test_a_session_of_another_model_or_tokenizer_is_refused(model: Any, tmp_path
     session.cache.save(path)
     with pytest.raises(ValueError, match="must be a file that `save` of a session wrote, got .*: it contains a cache"):
         SinkSession.load(path, model, byte_tokenizer())
+
+
+def test_a_file_of_a_session_with_an_entry_missing_unknown_or_of_another_type_is_refused(
+    model: Any, tmp_path: Path
+) -> None:
+    session, path = SinkSession(model, byte_tokenizer(), 64), tmp_path / "chat"
+    "".join(session.chat("Hello!", max_new_tokens=3))
+    session.save(path)
+    state = FILES.read(path, "session")
+    for name in state:
+        others = {key: value for key, value in state.items() if key != name}
+        for wrong in (others, {**state, "another": 1}, {**state, name: 1.5}):
+            FILES.write(path, "session", wrong)
+            with pytest.raises(ValueError, match="must be a file that `save` wrote"):
+                SinkSession.load(path, model, byte_tokenizer())

@@ -1,6 +1,8 @@
 """A file is whole, or refused if anything about it is wrong."""
 
+import copy
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from attention_sinks import SinkCache
 
-from ..support.inside import FORMAT, buffers
-from ..support.models import build_config, tiny_model
+from ..support.inside import FILES, FORMAT, buffers
+from ..support.models import LATER, build_config, tiny_model
 from ..support.streams import S, W, read_random
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -171,3 +173,64 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     SinkCache(CONFIG, W, S).save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert SinkCache.load(tmp_path / "real", CONFIG).get_seq_length() == 0
+
+
+Place = tuple[Any, ...]
+DATA = Path(__file__).parents[1] / "data"
+
+
+def places(state: Any, at: Place = ()) -> Iterator[Place]:
+    """Where the entries of a state are, those of the config apart, which may differ between versions."""
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            if isinstance(state, dict):
+                yield (*at, key)
+            if key != "config":
+                yield from places(value, (*at, key))
+
+
+def removed(holder: dict[str, Any], name: str) -> None:
+    del holder[name]
+
+
+def renamed(holder: dict[str, Any], name: str) -> None:
+    holder[f"{name} of old"] = holder.pop(name)
+
+
+def mistyped(holder: dict[str, Any], name: str) -> None:
+    holder[name] = 1.5j
+
+
+def changed(state: Any, place: Place, change: Callable[[dict[str, Any], str], None]) -> Any:
+    """A copy of a state with one entry changed."""
+    holder = state = copy.deepcopy(state)
+    for key in place[:-1]:
+        holder = holder[key]
+    change(holder, place[-1])
+    return state
+
+
+@pytest.mark.parametrize("change", [removed, renamed, mistyped])
+@pytest.mark.parametrize("name", ["llama", *sorted(LATER)])
+def test_a_state_with_an_entry_missing_unknown_or_of_another_type_is_refused(name: str, change: Any) -> None:
+    model = tiny_model(name)
+    cache = SinkCache(model.config, W, S)
+    read_random(model, cache, [20, 1])
+    state = cache.state()
+    for place in places(state):
+        with pytest.raises(ValueError, match="must be a file that `save` wrote|of the .*model whose stream was saved"):
+            SinkCache.from_state(changed(state, place, change), model.config)
+
+
+@pytest.mark.parametrize("change", [removed, renamed, mistyped])
+@pytest.mark.parametrize("name", ["llama", *sorted(LATER)])
+def test_an_entry_of_format_1_that_is_missing_or_wrong_raises_no_other_error(name: str, change: Any) -> None:
+    state = FILES.read(DATA / f"format-1 {name}.safetensors", "cache")
+    config = build_config(name, **({"num_hidden_layers": 2} if name == "llama" else {}))
+    refused = 0
+    for place in places(state):
+        try:
+            SinkCache.from_state(changed(state, place, change), config)
+        except ValueError:
+            refused += 1
+    assert refused > 0

@@ -14,7 +14,7 @@ from ..compat import LinearAttentionLayer
 from ..rope import Rotation
 from .fields import Device, NoneType, checked, copied, placed
 from .layers import SinkLayer
-from .mixed import LINEAR_FIELDS, restore_linear
+from .mixed import LINEAR_FIELDS, check_linear_states, restore_linear
 from .positions import token_positions
 from .stream import Stream
 
@@ -93,6 +93,8 @@ def restore_layer(layer: Any, state: dict[str, Any], device: Device) -> None:
             del state["record_past"]
         fields = {name: fields[name] for name in fields if name in vars(layer) or (name in first and name in state)}
         state = checked(state, fields, f"a {type(layer).__name__}")
+        if isinstance(layer, LinearAttentionLayer):
+            check_linear_states(layer, state)
         saved_on = state.get("device")
         for name, value in state.items():
             setattr(layer, name, placed(value, saved_on, device))
@@ -167,7 +169,15 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the first entry that is unknown, missing or of another type.
     """
-    return checked(_upgraded(state), FIELDS, "a cache")
+    try:
+        upgraded = _upgraded(state)
+    except (KeyError, TypeError, AttributeError) as error:  # of format 1
+        raise ValueError(f"`path` must be a file that `save` wrote: an entry is missing or wrong ({error}).") from error
+    checked(upgraded, FIELDS, "a cache")
+    for layer in upgraded["layers"]:
+        if not isinstance(layer, dict):
+            raise ValueError(f"`path` must be a file that `save` wrote: the state of a layer is {layer!r:.80}.")
+    return upgraded
 
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:

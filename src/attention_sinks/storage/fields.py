@@ -10,7 +10,7 @@ Device = str | torch.device | None
 NoneType = type(None)
 
 
-def checked(state: Any, fields: Mapping[str, tuple[type, ...]], what: str) -> dict[str, Any]:
+def checked(state: Any, fields: Mapping[Any, tuple[type, ...]], what: str) -> dict[str, Any]:
     """Return a state with exactly these fields, each of one of its types.
 
     Args:

@@ -26,6 +26,15 @@ LINEAR_FIELDS: dict[str, tuple[type, ...]] = {
     "device": (torch.device, NoneType),
     "record_past": (bool,),
 }
+# The types of what those of them hold that have an entry for each state.
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "conv_states": (Tensor, NoneType),
+    "recurrent_states": (Tensor, NoneType),
+    "is_conv_states_initialized": (bool,),
+    "is_recurrent_states_initialized": (bool,),
+    "has_previous_state": (bool,),
+    "conv_kernel_size": (int, NoneType),
+}
 
 
 class HybridSinkLayer(SinkLayer, LinearAttentionAndFullAttentionLayer):
@@ -155,10 +164,21 @@ def select_linear_rows(layer: Any, index: Tensor) -> None:
                 states[i] = state.index_select(0, index.to(state.device))
 
 
+def check_linear_states(layer: Any, state: dict[str, Any]) -> None:
+    """Check that a saved linear attention or convolution has the states of a layer.
+
+    Raises:
+        ValueError: naming the first entry that is unknown, missing or of another type.
+    """
+    for name in _STATE_TYPES.keys() & state.keys():
+        checked(state[name], dict.fromkeys(range(layer.number_of_states), _STATE_TYPES[name]), name)
+
+
 def restore_linear(layer: Any, state: Any, device: Device) -> None:
     """Give a layer the saved states of a linear attention or a convolution."""
     fields = {name: types for name, types in LINEAR_FIELDS.items() if hasattr(layer, name)}
     state = checked(state, fields, f"the linear attention of a {type(layer).__name__}")
+    check_linear_states(layer, state)
     saved_on = state["device"]
     for name in fields:
         setattr(layer, name, placed(state[name], saved_on, device))
