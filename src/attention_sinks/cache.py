@@ -237,6 +237,11 @@ class SinkCache(StreamCache):
         return self._spec.num_sink_tokens
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the text model that the cache was made for."""
+        return self._spec.config
+
+    @property
     def kept_length(self) -> int:
         """Number of tokens held now: `min(seen, window_length)`, or fewer after a `crop`."""
         return self._stream.first.kept_length
@@ -430,7 +435,8 @@ class SinkCache(StreamCache):
         """Return a cache in the state that another one was in; see `load`."""
         state = checkpoint.checked_state(state)
         if isinstance(config, PreTrainedConfig):  # anything else is refused below
-            checkpoint.check_config(state["config"], config.get_text_config(decoder=True))
+            demand = "`config` must be that of the model whose stream was saved"
+            checkpoint.check_config(state["config"], config.get_text_config(decoder=True), demand)
         rotations = checkpoint.rotations_from(state["rotations"])
         by_hand = None if state["measured"] else next((each for each in rotations if each is not None), None)
         cache = cls(config, state["window_length"], state["num_sink_tokens"], by_hand)

@@ -1,7 +1,6 @@
 """`sink_generate`: `model.generate` with a `SinkCache`."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +15,11 @@ from .hooks import Prepare, inputs_prepared_by
 from .prefill import (
     asks_for_masks,
     check_chunk_size,
+    check_is_text,
+    check_model,
     default_chunk_size,
     last_logits_only,
+    not_text,
     read_in_chunks,
     takes_positions,
 )
@@ -25,7 +27,6 @@ from .prompt import GenerationSettings, Text, pop_prompt, text_for
 
 # The arguments of `generate` that ask for assisted decoding.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-_NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
 def sink_generate(
@@ -71,14 +72,15 @@ def sink_generate(
     continued = chosen_cache(cache, past_key_values)
     _check_call(model, continued, prefill_chunk_size, generate_kwargs)
     settings = GenerationSettings(model, generate_kwargs)
-    has_positions = generate_kwargs.get("position_ids") is not None
     is_started = continued is not None and continued.get_seq_length() > 0
     input_ids, attention_mask = pop_prompt(inputs, generate_kwargs, None if is_started else settings)
     if continued is None:
         cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=attention_mask)
+        check_model(model, cache)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
+        check_model(model, cache)
         if not is_started and attention_mask is not None:
             cache.announce_padding(attention_mask)
         cache.deactivate_past_recording()
@@ -91,7 +93,7 @@ def sink_generate(
     if input_ids is not None and generate_kwargs.get("inputs_embeds") is None:
         text = text_for(cache, input_ids, attention_mask)
         generate_kwargs["attention_mask"] = text.attention_mask
-        if text.needs_positions and takes_positions(model) and not has_positions:
+        if text.needs_positions and takes_positions(model):
             positions = cache.token_positions.true_positions(text.num_omitted, input_ids)
             generate_kwargs["position_ids"] = positions
         _prefill(model, cache, text, chunk_size, settings, generate_kwargs)
@@ -99,7 +101,7 @@ def sink_generate(
     if generate_kwargs.get("streamer") is not None:
         generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
     generate: Any = model.generate
-    with _passes_prepared(model, cache, text, is_counted=not has_positions):
+    with _passes_prepared(model, cache, text):
         return generate(input_ids, **{cache_name(): cache}, **generate_kwargs)  # type: ignore[no-any-return]
 
 
@@ -117,6 +119,8 @@ def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs
         raise ValueError(
             f"`use_cache` must be True, got {generate_kwargs['use_cache']!r}: the window is a property of the cache."
         )
+    if generate_kwargs.get("position_ids") is not None:
+        raise TypeError("`position_ids` must be left out: the cache counts them. Tell it of pads by `attention_mask`.")
     if generate_kwargs.get("cache_implementation") is not None:
         raise ValueError(
             f"`cache_implementation` must be left out, got {generate_kwargs['cache_implementation']!r}: the cache is a "
@@ -126,25 +130,12 @@ def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs
         check_chunk_size(prefill_chunk_size)
         if generate_kwargs.get("inputs_embeds") is not None:
             raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
-    not_text = _not_text(generate_kwargs)
-    if not_text is not None and "mrope_section" in str(model.config.to_dict()):
+    name = not_text(generate_kwargs)
+    if name is not None and "mrope_section" in str(model.config.to_dict()):
         raise NotImplementedError(
-            f"`{not_text}` is not supported: this {model.config.model_type!r} model gives images positions in several "
+            f"`{name}` is not supported: this {model.config.model_type!r} model gives images positions in several "
             "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
         )
-    # `model.to(torch.bfloat16)` rounds the rotary frequencies with the weights; the cache rotates by the exact ones.
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"`model` has rotary frequencies rounded to {buffer.dtype} ({name}), so that positions drift apart. "
-                f"Load it with `from_pretrained(..., dtype={buffer.dtype})` instead of converting it afterwards."
-            )
-
-
-def _not_text(generate_kwargs: dict[str, Any]) -> str | None:
-    """Return the name of an argument that brings images or sound, or None."""
-    given = (name for name, value in generate_kwargs.items() if value is not None)
-    return next((name for name in given if re.search(_NOT_TEXT, name)), None)
 
 
 def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int) -> None:
@@ -187,11 +178,7 @@ def _prefill(
         if text.num_new > min(longest, left):
             chunk_size = default_chunk_size(model, cache)
     if chunk_size is not None and text.num_new > 1:
-        not_text = _not_text(generate_kwargs)
-        if not_text is not None:
-            raise NotImplementedError(
-                f"`{not_text}` is not supported with a prompt that is read in chunks of {chunk_size} tokens."
-            )
+        check_is_text(generate_kwargs)
         check_arguments(model, text.input_ids, cache, generate_kwargs)
         cache.deactivate_past_recording()
         new = text.input_ids[:, -text.num_new : -1]
@@ -202,13 +189,12 @@ def _prefill(
 
 
 @contextlib.contextmanager
-def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, is_counted: bool) -> Iterator[None]:
+def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Iterator[None]:
     """Inside, the passes of `generate` get their positions from the cache, and each is announced to it.
 
     Args:
         model, cache: those of the call.
         text: the prompt, if it has token ids.
-        is_counted: True if the positions are those that `generate` counts.
     """
     name, can_lower, asks_mask = cache_name(), takes_positions(model), asks_for_masks(model)
 
@@ -242,7 +228,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, is_counted
         if new.shape[1] != query_length:
             cache.announce(new.shape[1])
         # Reading positions on another device would wait for it: two passes show how `generate` counts.
-        is_checked = is_counted and (new.device.type == "cpu" or cache.watch.passes < 2)
+        is_checked = new.device.type == "cpu" or cache.watch.passes < 2
         _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))

@@ -1,6 +1,7 @@
 """`sink_prefill`: a text of any length through a `SinkCache`, in chunks, each token with exactly its own window."""
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +14,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import SinkCache
 from .compat import DriftError, chosen_cache, with_cache
+from .storage.checkpoint import check_config, config_state
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
 # There should be no more copies than this part of a window.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 SINK_COPIES_PER_WINDOW = 0.25
+NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
 def sink_prefill(
@@ -63,6 +66,7 @@ def sink_prefill(
         raise TypeError(
             f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
         )
+    check_is_text(model_kwargs)
     if chunk_size is None:
         chunk_size = default_chunk_size(model, chosen)
     yield from read_in_chunks(model, input_ids, chosen, chunk_size, model_kwargs)
@@ -74,7 +78,7 @@ def read_in_chunks(
 ) -> Iterator[CausalLMOutputWithPast]:
     """Read a text, see `sink_prefill`."""
     check_chunk_size(chunk_size)
-    _check_readable(model, cache, chunk_size)
+    _check_readable(model, cache, chunk_size, len(input_ids))
     if cache.can_rebase:
         # Once positions are rebased, the window and a chunk must fit below their end.
         chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
@@ -131,14 +135,56 @@ def _windowed_mask(model: PreTrainedModel, plan: WindowedPlan, chunk: Tensor) ->
     )
 
 
-def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int) -> None:
+def check_model(model: PreTrainedModel, cache: SinkCache) -> None:
+    """Check that a cache belongs to a model.
+
+    Raises:
+        ValueError: naming the setting that differs, or the frequencies that were rounded.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config is not cache.config:
+        check_config(config_state(cache.config), config, "`cache` must be made with the config of `model`")
+    # `model.to(torch.bfloat16)` rounds the rotary frequencies with the weights; the cache rotates by the exact ones.
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"`model` has rotary frequencies rounded to {buffer.dtype} ({name}), so that positions drift apart. "
+                f"Load it with `from_pretrained(..., dtype={buffer.dtype})` instead of converting it afterwards."
+            )
+
+
+def not_text(arguments: dict[str, Any]) -> str | None:
+    """Return the name of an argument that brings images or sound, or None."""
+    given = (name for name, value in arguments.items() if value is not None)
+    return next((name for name in given if re.search(NOT_TEXT, name)), None)
+
+
+def check_is_text(arguments: dict[str, Any]) -> None:
+    """Check that a prompt that is read in chunks is text alone."""
+    name = not_text(arguments)
+    if name is not None:
+        raise NotImplementedError(f"`{name}` is not supported with a prompt that is read in chunks.")
+
+
+def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int, num_rows: int) -> None:
+    check_model(model, cache)
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
+        raise ValueError(
+            "`cache` must not record what it evicts while a text is read in chunks. Call "
+            "`cache.deactivate_past_recording()` before; a `crop` reaches back to that point."
+        )
+    padding = cache.token_positions.left_padding
+    if padding is not None and len(padding) != num_rows:
+        raise ValueError(
+            f"`input_ids` must have a row for each of the {len(padding)} rows whose padding the cache knows, got "
+            f"{num_rows}."
+        )
     if chunk_size > 1 and not can_window(model, cache):
         raise NotImplementedError(
             f"`prefill_chunk_size` must be 1 for this {model.config.model_type!r} model with {attention_of(model)!r} "
             f"attention, got {chunk_size}: its masks cannot be replaced by one that shows each token its own window."
         )
-    is_padded = cache.token_positions.left_padding is not None
-    if is_padded and any(hasattr(layer, "conv_states") for layer in cache.layers):
+    if padding is not None and any(hasattr(layer, "conv_states") for layer in cache.layers):
         raise NotImplementedError(
             f"`prefill_chunk_size` must be left out for a padded batch: this {model.config.model_type!r} model tells "
             "pads from tokens in its first chunk only. Read the rows one by one."

@@ -59,7 +59,7 @@ def pop_prompt(
         settings: with them, the mask of a first prompt is read from its pads if none is given, as `generate` does it.
 
     Raises:
-        ValueError: if the prompt was given twice.
+        ValueError: if the prompt was given twice, or the mask of a first prompt has another shape.
     """
     input_ids = generate_kwargs.pop("input_ids", None)
     if inputs is not None and input_ids is not None:
@@ -70,6 +70,11 @@ def pop_prompt(
         pad, eos = settings["pad_token_id"], settings["eos_token_id"]
         if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
             mask = (input_ids != pad).long()
+    is_first = input_ids is not None and settings is not None and generate_kwargs.get("inputs_embeds") is None
+    if is_first and getattr(mask, "ndim", 0) == 2 and mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of the prompt, {[*input_ids.shape]}, got {[*mask.shape]}."
+        )
     return input_ids, mask
 
 

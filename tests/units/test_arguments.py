@@ -1,16 +1,19 @@
 """Bad arguments are refused: the error names the argument and its value, and a refused call changes nothing."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, StaticCache, T5Config, T5ForConditionalGeneration
 
-from attention_sinks import SinkCache, sink_generate
+from attention_sinks import SinkCache, sink_generate, sink_prefill
 
 from ..support.models import CACHE, build_config, build_model, random_ids, tiny_model
 from ..support.states import CONFIG, states_of, update
 from ..support.streams import NEW_STREAM, S, W, padded
+from ..support.versions import RECORDS_PAST
 
 
 @pytest.mark.parametrize(
@@ -117,8 +120,15 @@ def test_encoder_decoders_are_refused() -> None:
 
 def test_a_model_with_rounded_rotary_frequencies_is_refused() -> None:
     model = build_model(build_config("llama", num_hidden_layers=1)).to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"rounded to torch.bfloat16 .*from_pretrained\(..., dtype=torch.bfloat16\)"):
-        sink_generate(model, random_ids(5))
+    calls: list[Callable[[], object]] = [
+        lambda: sink_generate(model, random_ids(5)),
+        lambda: next(sink_prefill(model, random_ids(5), SinkCache(model.config))),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"rounded to torch.bfloat16 .*from_pretrained\(..., dtype=torch.bfloat16\)"
+        ):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -213,3 +223,47 @@ def test_rows_that_do_not_fit_the_mask_are_refused() -> None:
     with pytest.raises(ValueError, match="`attention_mask` must have a row for each of the 3 sequences"):
         model(ids[[0, 1, 1]], **{CACHE: cache})
     assert not cache.is_initialized
+
+
+def test_a_mask_of_another_shape_than_the_first_prompt_is_refused() -> None:
+    """MPT counts no positions, by which the others would notice."""
+    for name in ("llama", "mpt"):
+        model = tiny_model(name, num_hidden_layers=1)
+        ids = random_ids(12).clamp(min=1)
+        for mask in (torch.ones(1, 9), torch.ones(1, 15), torch.ones(2, 12), torch.tensor([[0] * 3 + [1] * 12])):
+            cache = SinkCache(model.config, W, S)
+            with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of the prompt, \[1, 12\], got"):
+                sink_generate(model, ids, attention_mask=mask.long(), cache=cache, max_new_tokens=2)
+            assert cache.get_seq_length() == 0
+
+
+def test_positions_of_the_caller_are_refused() -> None:
+    """The cache counts them; prompts that are read in chunks would get others."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    with pytest.raises(TypeError, match="`position_ids` must be left out"):
+        sink_generate(model, random_ids(6), position_ids=torch.arange(6)[None], max_new_tokens=2)
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    model, other = build_model(build_config("llama")), build_model(build_config("llama-linear"))
+    cache = SinkCache(model.config, W, S)
+    with pytest.raises(ValueError, match="`cache` must be made with the config of `model`: rope_parameters"):
+        sink_generate(other, random_ids(6), cache=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="`cache` must be made with the config of `model`: rope_parameters"):
+        next(sink_prefill(other, random_ids(6), cache))
+    assert cache.get_seq_length() == 0
+    sink_generate(copy.deepcopy(model), random_ids(6), cache=cache, max_new_tokens=2)
+
+
+def test_what_is_read_in_chunks_is_text_for_the_rows_of_the_cache_and_is_not_recorded() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    cache = SinkCache(model.config, W, S, attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="`input_ids` must have a row for each of the 1 rows .*, got 3"):
+        next(sink_prefill(model, random_ids(5, 3), cache))
+    with pytest.raises(NotImplementedError, match="`pixel_values` is not supported with a prompt"):
+        next(sink_prefill(model, random_ids(5), cache, pixel_values=torch.zeros(1)))
+    if RECORDS_PAST:
+        cache = SinkCache(model.config, W, S)
+        cache.activate_past_recording()  # type: ignore[no-untyped-call]
+        with pytest.raises(ValueError, match="`cache` must not record what it evicts"):
+            next(sink_prefill(model, random_ids(5), cache))

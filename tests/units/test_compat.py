@@ -212,7 +212,7 @@ def test_a_model_without_position_ids_is_noticed_after_a_rebase(monkeypatch: pyt
 
 def test_a_noticed_drift_leaves_cache_and_model_unchanged() -> None:
     """The same cache and model work without the drift."""
-    model = tiny_model("llama", num_hidden_layers=2)
+    model = tiny()
     cache = SinkCache(model.config, W, S)
     expected = sink_generate(model, random_ids(10), window_length=W, **OPTIONS)
     for method, fake, _, _ in DRIFTS:

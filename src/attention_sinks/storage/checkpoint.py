@@ -119,8 +119,8 @@ def config_state(config: PreTrainedConfig) -> dict[str, Any]:
     return settings
 
 
-def check_config(saved: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Check that a stream belongs to the model of a config.
+def check_config(saved: dict[str, Any], config: PreTrainedConfig, demand: str) -> None:
+    """Check that a stream belongs to the model of a config; the message of the error begins with `demand`.
 
     Raises:
         ValueError: naming the first setting that differs.
@@ -128,10 +128,7 @@ def check_config(saved: dict[str, Any], config: PreTrainedConfig) -> None:
     ours = config_state(config)
     for name in sorted(saved.keys() & ours.keys()):
         if ours[name] != saved[name] and not re.search(IRRELEVANT_FIELDS, name):
-            raise ValueError(
-                f"`config` must be that of the model whose stream was saved: {name} was {saved[name]!r:.80}, got "
-                f"{ours[name]!r:.80}."
-            )
+            raise ValueError(f"{demand}: {name} was {saved[name]!r:.80}, got {ours[name]!r:.80}.")
 
 
 def rotations_of(layers: Iterable[SinkLayer]) -> list[dict[str, Any] | None]:

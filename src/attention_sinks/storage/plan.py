@@ -1,8 +1,8 @@
 """What one forward pass does to every layer of a cache, computed once for all of them.
 
 A `Stream` makes the plan when the model asks for the sizes of its mask, or at the first update, and drops it when the
-last layer was reached. A plan is a pure function of the layout, the tokens seen before the pass and the number of new
-ones; what it computes on demand is remembered as long as it lives.
+last layer was reached, or, where indexers follow the layers, at the next pass. A plan is a pure function of the layout,
+the tokens seen before the pass and the number of new ones; it remembers what it computes on demand.
 """
 
 from collections.abc import Callable, Hashable
@@ -29,13 +29,14 @@ class UpdatePlan:
         layout: the slots and positions of the batch.
         start: number of tokens seen before the pass.
         query_length: number of new tokens.
-        num_evicted: number of tokens evicted before the pass.
+        num_evicted: number of evicted tokens that a `crop` does not bring back, 0 without one.
         in_order: return the tokens in the order of their positions, always.
         all_slots: return all W slots for a single token, full or not, as a compiled step does.
         rebased: the caller gives the model positions as `TokenPositions.position_ids` counts them.
 
     Attributes:
-        evicted: number of evicted tokens when the first query looks, which is the shift of the sinks.
+        evicted: number of evicted tokens when the first query looks: by as many positions the sinks are rotated, less
+            the position offset and the padding of a row.
         kv_length, kv_offset: what `get_mask_sizes` announces and `update` returns.
         overwrites: True if the pass writes one token over the oldest one and returns the slots as they lie.
         stores_sinks: True if the new tokens may be sinks of some row.
@@ -129,14 +130,9 @@ class WindowedPlan(UpdatePlan):
     ) -> None:
         super().__init__(layout, start, query_length, num_evicted, rebased=True)
         self.shares_buffers = shares_buffers
-        self.overwrites = False
         self.num_recent = num_recent_in_window(layout, start)
         self.kv_length = query_length * layout.num_sink_tokens + self.num_recent + query_length
         self.kv_offset = self.end - self.kv_length
-
-    @property
-    def is_below_window(self) -> bool:
-        return False
 
     def _shift(self, device: torch.device) -> Any:
         """Return the shift of the sinks for each query, `[batch_size or 1, 1, query_length, 1, 1]`."""

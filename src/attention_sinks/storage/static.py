@@ -28,9 +28,8 @@ class StaticPlan:
         steps_announced: number of steps that were announced since Python last knew the number of tokens.
     """
 
-    all_slots = overwrites = rotates_sinks = True
+    all_slots = rotates_sinks = True
     rebased = False
-    query_length = 1
     kv_offset = 0
 
     def __init__(self, layout: Layout, is_sliding: bool) -> None:
@@ -83,7 +82,8 @@ class CompilePolicy:
         supported: True if single tokens can be taken by tensors alone.
 
     Attributes:
-        uncompiled_steps: number of single tokens since the last one that was compiled.
+        uncompiled_steps: number of single tokens in a row that were not compiled, since the last chunk, the last
+            compiled token, or the beginning of a call or a stream.
     """
 
     def __init__(self, supported: bool) -> None:

@@ -186,10 +186,6 @@ class Stream:
     ) -> UpdatePlan:
         """Check the first states of a stream before a layer takes them."""
         if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
-            if isinstance(plan, WindowedPlan):
-                raise ValueError(
-                    f"`attention_mask` must have a row for each of the {key_states.shape[0]} rows of `input_ids`."
-                )
             plan = self._plan = self._new_plan(self.first, plan.start, plan.query_length, plan.rebased, plan.all_slots)
         # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
         is_known = plan.start > 0 or self.layout.positions.left_padding is not None or self.policy.is_compiling
@@ -221,7 +217,7 @@ class Stream:
         self, layer: SinkLayer, key_states: Tensor, value_states: Tensor, plan: UpdatePlan
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
-        if layer.is_initialized:
+        if layer.pending is not None:
             check_states(layer.keys, layer.values, key_states, value_states)
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
