@@ -37,7 +37,8 @@ class Rotation:
 
     def pairs(self, key_states: Tensor) -> Tensor:
         """Return the rotating dimensions of keys `[..., head_dim]` as a view of shape `[..., rotary_dim / 2, 2]`."""
-        rotating = key_states.narrow(-1, self.start, self.rotary_dim)
+        is_whole = key_states.shape[-1] == self.rotary_dim
+        rotating = key_states if is_whole else key_states.narrow(-1, self.start, self.rotary_dim)
         num_pairs = self.inv_freq.numel()
         if self.interleaved:
             return rotating.view(*rotating.shape[:-1], num_pairs, 2)
@@ -58,19 +59,19 @@ class Rotation:
 
     def rotate(self, key_states: Tensor, shift: int) -> Tensor:
         """Return keys `[..., head_dim]` moved forward by `shift` positions, as a new tensor."""
-        return self.rotate_by(self.cos_sin(shift, torch.promote_types(key_states.dtype, torch.float32)), key_states)
+        cos_sin = self.cos_sin(shift, torch.promote_types(key_states.dtype, torch.float32))
+        return self.rotate_by(cos_sin, key_states).to(key_states.dtype)
 
     def rotate_by(self, cos_sin: Tensor, key_states: Tensor) -> Tensor:
-        """Return keys `[..., head_dim]` rotated by the angles of `cos_sin`, as a new tensor.
+        """Return keys `[..., head_dim]` rotated by the angles of `cos_sin`, as a new tensor of its dtype.
 
-        The arithmetic has the precision of `cos_sin`, shape `[2, ..., rotary_dim / 2]`. Half-precision keys are rounded
-        once, at the end.
+        `cos_sin`: shape `[2, ..., rotary_dim / 2]`, in float32 or wider, so that half-precision keys are rounded once,
+        by the caller.
         """
-        states = key_states.to(cos_sin.dtype)
-        cos, sin = cos_sin
-        x, y = self.pairs(states).unbind(-1)
-        rotated = states.clone()
+        cos, sin = cos_sin.unbind()
+        x, y = self.pairs(key_states).unbind(-1)
+        rotated = key_states.to(cos_sin.dtype, copy=True)
         rotated_x, rotated_y = self.pairs(rotated).unbind(-1)
         rotated_x.mul_(cos).addcmul_(y, sin, value=-1)
         rotated_y.mul_(cos).addcmul_(x, sin)
-        return rotated.to(key_states.dtype)
+        return rotated

@@ -26,12 +26,15 @@ def check_agreement(key_states: Tensor, value_states: Tensor) -> None:
 
 def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states: Tensor) -> None:
     """Check that new states are like those that are stored."""
-    new_keys, new_values = key_states.shape, value_states.shape
-    # Fast path: all checks below in one condition.
+    # Fast path: all checks below in one condition, cheap enough for each layer of each step.
+    stored_keys, stored_values, new_keys, new_values = keys.shape, values.shape, key_states.shape, value_states.shape
     if (
-        new_keys[2] == new_values[2]
-        and (new_keys[0], new_keys[1], new_keys[3]) == _heads(keys)
-        and (new_values[0], new_values[1], new_values[3]) == _heads(values)
+        new_keys[0] == stored_keys[0] == new_values[0]
+        and new_keys[1] == stored_keys[1]
+        and new_values[1] == stored_values[1]
+        and new_keys[2] == new_values[2]
+        and new_keys[3] == stored_keys[3]
+        and new_values[3] == stored_values[3]
         and key_states.dtype is keys.dtype
         and value_states.dtype is values.dtype
         and key_states.device == keys.device == value_states.device

@@ -129,7 +129,7 @@ class SinkGroups:
 
     def set_count(self, seen: int, has_gap: bool) -> None:
         """Tell compiled steps how many tokens were seen."""
-        for group in self:
+        for group in self._groups.values():
             group.count.fill_(seen)
         self.is_stale, self.has_gap = False, has_gap
 

@@ -86,9 +86,10 @@ class UpdatePlan:
     def once(self, key: Hashable, function: Callable[..., _T], *arguments: Any) -> _T:
         """Return `function(*arguments)`, computed once per pass for each key."""
         memo = self._memo
-        if key not in memo:
-            memo[key] = function(*arguments)
-        computed: _T = memo[key]
+        if key in memo:
+            computed: _T = memo[key]
+            return computed
+        memo[key] = computed = function(*arguments)
         return computed
 
     def slot_mapping(self, device: torch.device) -> Tensor:

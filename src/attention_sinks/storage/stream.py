@@ -155,23 +155,22 @@ class Stream:
         # What `plan_for` finds for the second layer of a pass and all that follow.
         if plan.__class__ is not UpdatePlan or layer.pending is not None or not plan.fits(layer.seen, query_length):
             plan = self.plan_for(layer, query_length)
-        is_first, is_last = layer_idx == self._first_idx, layer_idx == self._last_idx
+        is_last = layer_idx == self._last_idx
         if isinstance(plan, StaticPlan):
-            if is_first:
+            if layer_idx == self._first_idx:
                 self._begin_compiled_step()
             returned = layer.update(key_states, value_states, plan)
         else:
-            if is_first:
+            if layer_idx == self._first_idx:
                 self.watch.begin_pass(query_length)
             if not layer.is_initialized or plan.start == 0:
                 plan = self._check_first_states(plan, layer_idx, key_states, value_states)
-            is_plain = layer.pending is None and not is_last
-            change, states = layer.update if is_plain else self._update_edge, (key_states, value_states)
-            arguments = (*states, plan) if is_plain else (layer, *states, plan)
+            change = self._update_edge if is_last or layer.pending is not None else SinkLayer.update
             if self.policy.is_compiling:
-                returned = change(*arguments)
+                returned = change(layer, key_states, value_states, plan)
             else:
-                returned = self._guard.run(("update", layer_idx, 0), self._damage, change, *arguments)
+                part = "update", layer_idx, 0
+                returned = self._guard.run(part, self._damage, change, layer, key_states, value_states, plan)
         if is_last and not self.spec.positions.indexers:  # the last layer may still update its indexer
             self._plan = None
         return returned
@@ -314,11 +313,14 @@ class Stream:
     def _damage(self, parts: Iterable[tuple[str, int, int]]) -> str | None:
         """Return which layers do not belong together any more, or None."""
         last = self.spec.text_layers[-1]
-        with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
-        has_one = isinstance(self.layers[last], LinearAttentionLayer)
-        if has_one and with_recurrent_state and last not in with_recurrent_state:
-            return f"in layer {last}"
-        lengths = {layer.get_seq_length() for layer in self._counting_layers}
+        if isinstance(self.layers[last], LinearAttentionLayer):
+            with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
+            if with_recurrent_state and last not in with_recurrent_state:
+                return f"in layer {last}"
+        lengths = {
+            layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
+            for layer in self._counting_layers
+        }
         # Some layers share the indexer of another; their own one is never initialized.
         lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
         if len(lengths) > 1:
