@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 
+import attention_sinks
+
 from . import page, sections
 from .measure import LLAMA3_8B, SMOLLM2_135M, TINY, Setting
 
@@ -40,7 +42,10 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
         "update": lambda: sections.update_cost(update) + sections.predecessor_updates(update, environments),
         "decode": lambda: sections.decode(decode),
         "compiled": lambda: sections.compiled(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=25), 6),
-        "prefill": lambda: sections.prefill(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=8), (16, 64, 256), 6),
+        "prefill": lambda: (
+            sections.prefill(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=12), (16, 64, 256), 6)
+            + sections.prefill(Setting({**LLAMA3_8B, "vocab_size": 1024}, (4096,), rounds=8), (64, 256), 1)
+        ),
         "session": lambda: sections.session_cost(Setting(SMOLLM2_135M, (256,), rounds=10), 64),
         "stream": lambda: sections.stream(
             Setting(SMOLLM2_135M, (), rounds=9),
@@ -112,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
         measured: dict[str, Any] = {
             "date": str(datetime.date.today()),
             "machine": machine(name),
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"attention-sinks {attention_sinks.__version__}",
             "rows": chosen[name](),
         }
         (folder / f"{name}.json").write_text(json.dumps(rounded(measured)).replace("}, {", "},\n{") + "\n")

@@ -94,19 +94,22 @@ def compiled(measured: dict[str, Any], folder: Path) -> str:
 def prefill(measured: dict[str, Any], folder: Path) -> str:
     lines = [
         [
+            f"{row['width']:,}, {row['layers']} layer{'s' * (row['layers'] > 1)}",
             f"{row['W']:,}",
-            str(row["chunk"]),
+            f"{row['chunk']}{', default' * row['default']}",
             median_and_quartiles(row["tokens per s"], 0),
             median_and_quartiles(row["ratio"], 3),
         ]
         for row in measured["rows"]
     ]
+    dtype = "bfloat16" if measured["name"].startswith("gpu") else "float32"
     return (
-        f"One chunk of a long prompt past a full window: {shape_of(measured)}. In `sink_prefill`, each token sees "
-        "exactly its own window. The plain chunk uses a `DynamicCache` of W tokens. `sink_prefill` rotates the four "
-        "sink keys for each token of a chunk, so attention reads `4 * chunk` more keys. Their share of the time is "
-        "largest with a small window, a small model and a large chunk.\n\n"
-        + table(["W", "chunk", "tokens per second", "throughput relative to the plain chunk"], lines)
+        f"One chunk of a long prompt past a full window, in {dtype}: 576 is the width of SmolLM2-135M, 4,096 that of "
+        "Llama 3 8B. In `sink_prefill`, each token sees exactly its own "
+        "window. The plain chunk uses a `DynamicCache` of W tokens. `sink_prefill` rotates the four sink keys for each "
+        "token of a chunk, so attention reads `4 * chunk` more keys. Their share of the time is largest with a small "
+        "window, a small model and a large chunk.\n\n"
+        + table(["width", "W", "chunk", "tokens per second", "throughput relative to the plain chunk"], lines)
     )
 
 
@@ -176,7 +179,7 @@ def dtype_of(measured: dict[str, Any]) -> str:
 def shape_of(measured: dict[str, Any]) -> str:
     if measured["name"].startswith("gpu"):
         return "shape of Llama 3 8B, bfloat16"
-    layers = ", six layers" if measured["name"] in ("compiled", "prefill") else ""
+    layers = ", six layers" if measured["name"] == "compiled" else ""
     return f"shape of SmolLM2-135M{layers}, float32"
 
 

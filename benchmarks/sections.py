@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedTokenizerFa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from attention_sinks import SinkCache, SinkSession, sink_generate, sink_prefill
+from attention_sinks.prefill import default_chunk_size
 
 from .measure import (
     CACHE,
@@ -144,7 +145,8 @@ def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | No
     model, rows = setting.model(num_layers), []
     config, device, dtype = model.config, setting.device, setting.dtype
     for window_length in setting.window_lengths:
-        for chunk_size in chunk_sizes:
+        default = default_chunk_size(model, SinkCache(config, window_length))
+        for chunk_size in sorted({*chunk_sizes, default}):
             ids = torch.zeros(1, chunk_size, dtype=torch.long, device=device)
             cache = full_cache("SinkCache", model, window_length)
             dynamic = fill(DynamicCache(config=config), config, window_length, device, dtype)
@@ -160,8 +162,11 @@ def prefill(setting: Setting, chunk_sizes: tuple[int, ...], num_layers: int | No
             times = time_alternately(chunks, setting.rounds, device)
             rows += [
                 {
+                    "width": config.hidden_size,
+                    "layers": config.num_hidden_layers,
                     "W": window_length,
                     "chunk": chunk_size,
+                    "default": chunk_size == default,
                     "tokens per s": [chunk_size / t for t in times["sink_prefill"]],
                     "ratio": ratios(times["plain chunk"], times["sink_prefill"]),
                 }

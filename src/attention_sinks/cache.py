@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedConfig
 
 from . import files
 from .architecture.positions import LAST_POSITION
+from .architecture.settings import check_config
 from .architecture.spec import cache_spec, check_arguments, check_int
 from .compat import PassWatch
 from .rope import Rotation
@@ -80,7 +81,7 @@ class StreamCache(Cache):
         layer = self.layers[layer_idx]
         is_sink_layer = layer_idx in stream.sink_indices
         sizes: tuple[int, int] = stream.mask_sizes(query_length, layer if is_sink_layer else stream.first)
-        stream.watch.mask_asked = True
+        stream.watch.note_mask()
         return sizes if is_sink_layer else super().get_mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -322,7 +323,8 @@ class SinkCache(StreamCache):
     def make_room(self, query_length: int) -> None:
         """Rebase if `query_length` new tokens would reach the end of the positions, or where they are less accurate.
 
-        No key is rounded by that more than once in its life, since two windows lie in between.
+        No key is rounded by that more than once in its life, since two windows lie in between, unless positions end
+        before that.
         """
         if self._stream.needs_rebase(query_length):
             self.rebase()
@@ -436,7 +438,7 @@ class SinkCache(StreamCache):
         state = checkpoint.checked_state(state)
         if isinstance(config, PreTrainedConfig):  # anything else is refused below
             demand = "`config` must be that of the model whose stream was saved"
-            checkpoint.check_config(state["config"], config.get_text_config(decoder=True), demand)
+            check_config(state["config"], config.get_text_config(decoder=True), demand)
         rotations = checkpoint.rotations_from(state["rotations"])
         by_hand = None if state["measured"] else next((each for each in rotations if each is not None), None)
         cache = cls(config, state["window_length"], state["num_sink_tokens"], by_hand)

@@ -93,14 +93,14 @@ class PassWatch:
     """
 
     def __init__(self) -> None:
-        # Compiled code only writes `moved` and reads nothing, so that no compiled graph depends on a watch.
-        self.active = self.moved = False
+        self.active = False
         self._begin()
 
     def _begin(self) -> None:
         self.passes = 0
-        self._announced: int | None = None
-        self._asks_mask = self.mask_asked = False
+        # The number of tokens of the pass that was announced and has not updated the cache yet, or None.
+        self._awaited: int | None = None
+        self._awaits_mask = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -117,7 +117,7 @@ class PassWatch:
         except DriftError:
             raise
         except RuntimeError as error:
-            if self._announced is not None and not self.moved and not isinstance(error, torch.OutOfMemoryError):
+            if self._awaited is not None and not isinstance(error, torch.OutOfMemoryError):
                 # If the model ignores the cache, its mask has the wrong shape, and the model raises this error.
                 error.add_note(f"The model may have caused this error. If not: {DriftError('it lost the cache')}")
             raise
@@ -127,9 +127,16 @@ class PassWatch:
     def announce(self, query_length: int, asks_mask: bool) -> None:
         """Expect a pass of `query_length` tokens. `asks_mask`: True if the model must ask for the sizes of its mask."""
         self._check_moved()
-        self._announced, self._asks_mask = query_length, asks_mask
-        self.mask_asked = self.moved = False
+        self._awaited, self._awaits_mask = query_length, asks_mask
         self.passes += 1
+
+    def note_mask(self) -> None:
+        """Note that the model asked for the sizes of its mask."""
+        self._awaits_mask = False
+
+    def note_compiled_pass(self) -> None:
+        """Note that a compiled pass updates the cache. Reads nothing, so that no compiled graph depends on a watch."""
+        self._awaited = None
 
     def begin_pass(self, query_length: int) -> None:
         """Check a pass before it updates the cache.
@@ -139,16 +146,16 @@ class PassWatch:
         """
         if not self.active:
             return
-        if self._announced is None or self.moved:
+        if self._awaited is None:
             raise DriftError(
                 "the model was called without `prepare_inputs_for_generation`, which prepares the positions for the "
                 "cache (a decoding loop passed as `custom_generate` must call it too)"
             )
-        if query_length != self._announced:
-            raise DriftError(f"the model reads {query_length} tokens where {self._announced} were announced")
-        if self._asks_mask and not self.mask_asked:
+        if query_length != self._awaited:
+            raise DriftError(f"the model reads {query_length} tokens where {self._awaited} were announced")
+        if self._awaits_mask:
             raise DriftError("the model did not ask the cache for the sizes of its attention mask")
-        self.moved = True
+        self._awaited = None
 
     def check(self) -> None:
         """Check the passes so far, before a token is returned.
@@ -161,7 +168,7 @@ class PassWatch:
         self._check_moved()
 
     def _check_moved(self) -> None:
-        if self._announced is not None and not self.moved:
+        if self._awaited is not None:
             raise DriftError("a forward pass did not update the cache")
 
 

@@ -253,8 +253,8 @@ def _lower_positions(
     # Positions in several dimensions are those of a model with images.
     if is_checked and positions is not None and positions.ndim == 2:
         # Beams repeat the rows of the prompt before the cache knows of it. The last token is never a pad.
-        num_rows, padding = len(positions), ours.left_padding
-        known_rows = num_rows if padding is None else len(padding)
+        num_rows = len(positions)
+        known_rows = ours.num_rows or num_rows
         last = ours.true_positions(seen + new.shape[1] - 1, positions[:known_rows, :1])
         last = last.repeat_interleave(num_rows // known_rows, dim=0)
         if positions.shape[1] != new.shape[1] or not torch.equal(positions[:, -1:], last):

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .architecture.settings import check_config, config_state
 from .cache import SinkCache
 from .compat import DriftError, chosen_cache, with_cache
-from .storage.checkpoint import check_config, config_state
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
@@ -42,8 +42,9 @@ def sink_prefill(
         model: a causal language model whose attention is `eager`, `sdpa` or `flex_attention`.
         input_ids: the new tokens, `[batch_size, length]`; the pads of a padded batch are known to the cache.
         cache: a `SinkCache`, new or with earlier text.
-        chunk_size: how many tokens the model reads at once; by default 16 to 128, depending on the window and the
-            number of sinks, or 1 for a model whose masks cannot be replaced.
+        chunk_size: how many tokens the model reads at once, at most (fewer where positions end soon after the window);
+            by default 16 to 128, depending on the window and the number of sinks, or 1 for a model whose masks cannot
+            be replaced.
         past_key_values: `cache` by its name in earlier versions of `transformers`; give one of the two.
         model_kwargs: more arguments of the model, `logits_to_keep=1` for instance.
 
@@ -97,7 +98,7 @@ def _read_chunk(
     """Return the model's output for a chunk `[batch_size, query_length]`."""
     seen, query_length = cache.get_seq_length(), chunk.shape[1]
     positions = cache.token_positions
-    is_padded = positions.left_padding is not None
+    is_padded = positions.num_rows > 0
     windowed = can_window(model, cache) and (query_length > 1 or is_padded)
     arguments = {**model_kwargs, **with_cache(model.forward, cache)}
     if takes_positions(model):
@@ -173,10 +174,10 @@ def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int, n
             "`cache` must not record what it evicts while a text is read in chunks. Call "
             "`cache.deactivate_past_recording()` before; a `crop` reaches back to that point."
         )
-    padding = cache.token_positions.left_padding
-    if padding is not None and len(padding) != num_rows:
+    num_padded = cache.token_positions.num_rows
+    if num_padded not in (0, num_rows):
         raise ValueError(
-            f"`input_ids` must have a row for each of the {len(padding)} rows whose padding the cache knows, got "
+            f"`input_ids` must have a row for each of the {num_padded} rows whose padding the cache knows, got "
             f"{num_rows}."
         )
     if chunk_size > 1 and not can_window(model, cache):
@@ -184,7 +185,7 @@ def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int, n
             f"`prefill_chunk_size` must be 1 for this {model.config.model_type!r} model with {attention_of(model)!r} "
             f"attention, got {chunk_size}: its masks cannot be replaced by one that shows each token its own window."
         )
-    if padding is not None and any(hasattr(layer, "conv_states") for layer in cache.layers):
+    if num_padded > 0 and any(hasattr(layer, "conv_states") for layer in cache.layers):
         raise NotImplementedError(
             f"`prefill_chunk_size` must be left out for a padded batch: this {model.config.model_type!r} model tells "
             "pads from tokens in its first chunk only. Read the rows one by one."

@@ -21,10 +21,10 @@ from transformers.utils import logging
 from . import files
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import DriftError
+from .fields import NoneType, checked
 from .generate import ASSISTED, check_arguments, sink_generate
 from .prefill import last_logits_only, sink_prefill
 from .prompt import GenerationSettings
-from .storage.fields import NoneType, checked
 from .streaming import AnswerCriteria, Detokenizer, Emit, TokenStreamer, Worker, compile_permission
 from .template import ChatTemplate, encode
 
@@ -51,7 +51,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 class SinkSession:
     """One endless stream through a model: a chat, a document and questions to it, or plain text.
 
-    Nothing grows with the stream: the session stores the tokens of at most three windows and counts the others. (For a
+    Nothing grows with the stream: the session stores the tokens of at most three windows, and those of a text while it
+    is read, and counts the others. (For a
     model whose positions cannot be rebased, see `SinkCache.can_rebase`, the token ids and masks of `generate` grow by a
     few bytes per token.)
 

@@ -18,6 +18,8 @@ from .positions import LAST_POSITION, Positions, derive_positions
 
 # The layers that a forward pass over text updates.
 TEXT_LAYER_TYPES = (CacheLayerMixin, LinearAttentionLayer)
+# Those that hold keys and values and nothing else.
+PLAIN_LAYER_TYPES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class CacheSpec:
     @property
     def has_plain_layers(self) -> bool:
         """True if each layer of the model has a sink layer of its own, with keys and values and nothing else."""
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        return len(self.sink_layers) == len(self.layers) and all(type(layer) in plain for layer in self.layers)
+        return len(self.sink_layers) == len(self.layers) and all(
+            type(layer) in PLAIN_LAYER_TYPES for layer in self.layers
+        )
 
     @property
     def has_separate_layers(self) -> bool:
@@ -110,9 +113,8 @@ class CacheSpec:
             return False
         if attention not in (None, "eager", "sdpa", "flex_attention"):
             return False
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
         return all(
-            type(layer) in plain if i in self.positions.rotations else layer.is_compileable
+            type(layer) in PLAIN_LAYER_TYPES if i in self.positions.rotations else layer.is_compileable
             for i, layer in enumerate(self.layers)
         )
 

@@ -81,9 +81,9 @@ def select_rows(stream: Stream, name: str, argument: Any, index: Tensor) -> None
 
 def row_index(stream: Stream) -> Tensor:
     """Return the indices of the rows that are stored, or that the padding of the first prompt describes."""
-    padding, first = stream.layout.positions.left_padding, stream.first
-    num_rows = len(padding) if padding is not None else first.keys.shape[0] if first.is_initialized else 0
-    return torch.arange(num_rows)
+    first = stream.first
+    num_stored = first.keys.shape[0] if first.is_initialized else 0
+    return torch.arange(stream.layout.positions.num_rows or num_stored)
 
 
 def rebase(stream: Stream) -> int:

@@ -1,7 +1,5 @@
 """A cache as plain values and tensors, for a file; and whose model it was."""
 
-import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,20 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..architecture.settings import config_state
 from ..compat import LinearAttentionLayer
+from ..fields import Device, NoneType, checked, copied, placed
 from ..rope import Rotation
-from .fields import Device, NoneType, checked, copied, placed
 from .layers import SinkLayer
 from .mixed import LINEAR_FIELDS, check_linear_states, restore_linear
 from .positions import token_positions
 from .stream import Stream
 
-# Config fields that differ between configs of one model, or that do not affect cached states.
-IRRELEVANT_FIELDS = (
-    r"^_|_token_id$|dtype|version|use_cache|architectures|label|dropout|initializer|aux_loss|return_dict|problem_type|"
-    r"^output_(attentions|hidden_states|router_logits)$|^is_(encoder_)?decoder$|tokenizer|auto_map|quantization|"
-    r"chunk_size_feed_forward|pretraining_tp|implementation"
-)
 _ROTATION_FIELDS: dict[str, tuple[type, ...]] = {
     "inv_freq": (Tensor,),
     "start": (int,),
@@ -111,24 +104,6 @@ def _fields_of(layer: Any) -> dict[str, tuple[type, ...]]:
     if isinstance(layer, DynamicSlidingWindowLayer):
         return fields | _SLIDING_FIELDS
     return fields if isinstance(layer, LinearAttentionLayer) else _DYNAMIC_FIELDS
-
-
-def config_state(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the settings of a config, as JSON has them."""
-    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return settings
-
-
-def check_config(saved: dict[str, Any], config: PreTrainedConfig, demand: str) -> None:
-    """Check that a stream belongs to the model of a config; the message of the error begins with `demand`.
-
-    Raises:
-        ValueError: naming the first setting that differs.
-    """
-    ours = config_state(config)
-    for name in sorted(saved.keys() & ours.keys()):
-        if ours[name] != saved[name] and not re.search(IRRELEVANT_FIELDS, name):
-            raise ValueError(f"{demand}: {name} was {saved[name]!r:.80}, got {ours[name]!r:.80}.")
 
 
 def rotations_of(layers: Iterable[SinkLayer]) -> list[dict[str, Any] | None]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from ..fields import Device, NoneType, check_slots, checked, copied, placed
 from ..rope import Rotation
 from .checks import check_agreement, check_states
-from .fields import Device, NoneType, check_slots, checked, copied, placed
 from .groups import Plan, SinkGroup, SinkGroups
 from .layout import Layout, Once, compute, write_slots
 from .plan import UpdatePlan, WindowedPlan, num_evicted_after

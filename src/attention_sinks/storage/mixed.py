@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from ..fields import Device, NoneType, checked, copied, placed
 from ..rope import Rotation
-from .fields import Device, NoneType, checked, copied, placed
 from .groups import Plan, SinkGroups
 from .layers import SinkLayer
 from .layout import Layout

@@ -16,9 +16,13 @@ class TokenPositions:
 
     Args:
         offset: number of evicted tokens at the last rebase; positions are that much lower from then on.
+
+    Attributes:
+        num_rows: number of rows that the padding describes, 0 without padding: then any number of rows is right.
+        max_padding, min_padding: most and fewest pads of a row.
     """
 
-    max_padding = min_padding = 0
+    num_rows = max_padding = min_padding = 0
 
     def __init__(self, offset: int = 0) -> None:
         self.offset = offset
@@ -79,16 +83,12 @@ class PaddedTokenPositions(TokenPositions):
         super().__init__(offset)
         self._left_padding = left_padding
         self.max_padding, self.min_padding = int(left_padding.max()), int(left_padding.min())
+        self.num_rows = len(left_padding)
         self._on_device = {left_padding.device: left_padding}
 
     @property
     def left_padding(self) -> Tensor:
         return self._left_padding
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows that the padding describes."""
-        return len(self._left_padding)
 
     def padding_on(self, device: torch.device) -> Tensor:
         """Return the left padding on a device; it is moved there once."""

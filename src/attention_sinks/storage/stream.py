@@ -176,7 +176,7 @@ class Stream:
         return returned
 
     def _begin_compiled_step(self) -> None:
-        self.watch.moved = True
+        self.watch.note_compiled_pass()
         self.policy.expect_compiled_steps()
         self.groups.count_step()
 
@@ -187,7 +187,7 @@ class Stream:
         if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
             plan = self._plan = self._new_plan(self.first, plan.start, plan.query_length, plan.rebased, plan.all_slots)
         # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
-        is_known = plan.start > 0 or self.layout.positions.left_padding is not None or self.policy.is_compiling
+        is_known = plan.start > 0 or self.layout.positions.num_rows > 0 or self.policy.is_compiling
         if layer_idx != self.spec.first_rotating_layer or is_known:
             return plan
         if starts_with_pads(key_states, value_states):
@@ -200,16 +200,17 @@ class Stream:
 
     def _repeat_padding(self, batch_size: int) -> bool:
         """Repeat the rows of the padding for beams and several answers to a prompt; return True if that was needed."""
-        padding = self.layout.positions.left_padding
-        if padding is None or len(padding) == batch_size or self.first.is_initialized:
+        positions = self.layout.positions
+        num_rows = positions.num_rows or batch_size
+        if num_rows == batch_size or self.first.is_initialized:
             return False
-        repeats, rest = divmod(batch_size, len(padding))
+        repeats, rest = divmod(batch_size, num_rows)
         if rest != 0:
             raise ValueError(
                 f"`attention_mask` must have a row for each of the {batch_size} sequences, or for each group of equal "
-                f"length, got {len(padding)}."
+                f"length, got {num_rows}."
             )
-        self.set_positions(self.layout.positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
+        self.set_positions(positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
         return True
 
     def _update_edge(
