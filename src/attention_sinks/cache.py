@@ -20,6 +20,7 @@ from .architecture.spec import cache_spec, check_arguments, check_int
 from .compat import PassWatch
 from .rope import Rotation
 from .storage import changes, checkpoint
+from .storage.coordinates import Coordinates
 from .storage.groups import Plan
 from .storage.mixed import IndexedSinkLayer
 from .storage.positions import TokenPositions, left_padding_of, token_positions
@@ -275,6 +276,10 @@ class SinkCache(StreamCache):
         """At which positions the tokens of each row stand; makes `position_ids` and padding masks."""
         return self._stream.layout.positions
 
+    def text_positions(self, like: Tensor) -> Tensor:
+        """Return the positions of text that follows, as the model needs them, shaped `[rows, n]` like `like`."""
+        return self._stream.text_positions(like)
+
     @property
     def position_offsets(self) -> int | Tensor:
         """How much lower positions are than `generate` counts them, for all rows or for each one, `[batch_size]`."""
@@ -362,23 +367,29 @@ class SinkCache(StreamCache):
         """True if a chunk can be read with a window for each of its tokens: all layers are plain sink layers."""
         return self._spec.supports_windowed_chunks
 
-    def announce(self, query_length: int, windowed: bool = False) -> Plan:
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """The coordinates of the last tokens, or None if all tokens of the stream are counted as text."""
+        return self._stream.coordinates
+
+    def announce(self, query_length: int, windowed: bool = False, positions: Tensor | None = None) -> Plan:
         """Return the plan of the coming pass of `query_length` tokens. Call `drop_plan` after the pass.
 
-        The caller gives the model positions as `token_positions` counts them. If `windowed`, each query of the chunk
-        sees its own window, by a mask that the caller makes from the plan.
+        The caller gives the model positions as `token_positions` counts them, or, if they are not those of text,
+        `positions`, `[num_axes, batch_size, query_length + 1]`, of which the last is that of text that would follow. If
+        `windowed`, each query of the chunk sees its own window, by a mask that the caller makes from the plan.
         """
-        return self._stream.announce(query_length, windowed)
+        return self._stream.announce(query_length, windowed, positions)
 
     def drop_plan(self) -> None:
         """Forget a pass that was announced, if it did not take place."""
         self._stream.drop_plan()
 
     @contextlib.contextmanager
-    def announced(self, query_length: int, windowed: bool = False) -> Iterator[Plan]:
+    def announced(self, query_length: int, windowed: bool = False, positions: Tensor | None = None) -> Iterator[Plan]:
         """Announce the pass inside, see `announce`."""
         try:
-            yield self.announce(query_length, windowed)
+            yield self.announce(query_length, windowed, positions)
         finally:
             self.drop_plan()
 

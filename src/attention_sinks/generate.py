@@ -11,6 +11,7 @@ from transformers.generation.utils import GenerateOutput
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
+from .grids import following, grid_positions, rope_index_of
 from .hooks import Prepare, inputs_prepared_by
 from .prefill import (
     asks_for_masks,
@@ -19,7 +20,6 @@ from .prefill import (
     check_model,
     default_chunk_size,
     last_logits_only,
-    not_text,
     read_in_chunks,
     takes_positions,
 )
@@ -89,11 +89,12 @@ def sink_generate(
     generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
     if attention_mask is not None:
         generate_kwargs["attention_mask"] = attention_mask
-    text = None
+    text = grids = None
     if input_ids is not None and generate_kwargs.get("inputs_embeds") is None:
         text = text_for(cache, input_ids, attention_mask)
         generate_kwargs["attention_mask"] = text.attention_mask
-        if text.needs_positions and takes_positions(model):
+        grids = grid_positions(model, cache, text, generate_kwargs)
+        if rope_index_of(model) is not None or (text.needs_positions and takes_positions(model)):
             positions = cache.token_positions.true_positions(text.num_omitted, input_ids)
             generate_kwargs["position_ids"] = positions
         _prefill(model, cache, text, chunk_size, settings, generate_kwargs)
@@ -101,7 +102,7 @@ def sink_generate(
     if generate_kwargs.get("streamer") is not None:
         generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
     generate: Any = model.generate
-    with _passes_prepared(model, cache, text):
+    with _passes_prepared(model, cache, text, grids):
         return generate(input_ids, **{cache_name(): cache}, **generate_kwargs)  # type: ignore[no-any-return]
 
 
@@ -130,12 +131,6 @@ def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs
         check_chunk_size(prefill_chunk_size)
         if generate_kwargs.get("inputs_embeds") is not None:
             raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
-    name = not_text(generate_kwargs)
-    if name is not None and "mrope_section" in str(model.config.to_dict()):
-        raise NotImplementedError(
-            f"`{name}` is not supported: this {model.config.model_type!r} model gives images positions in several "
-            "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
-        )
 
 
 def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int) -> None:
@@ -189,14 +184,16 @@ def _prefill(
 
 
 @contextlib.contextmanager
-def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Iterator[None]:
+def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Tensor | None) -> Iterator[None]:
     """Inside, the passes of `generate` get their positions from the cache, and each is announced to it.
 
     Args:
         model, cache: those of the call.
         text: the prompt, if it has token ids.
+        grids: the positions of what is new of the prompt, if they are not those of text, see `grid_positions`.
     """
     name, can_lower, asks_mask = cache_name(), takes_positions(model), asks_for_masks(model)
+    has_grids, start = rope_index_of(model) is not None, cache.get_seq_length()
 
     def prepared(prepare: Prepare, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get(name) is not cache:
@@ -225,11 +222,18 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Iterato
             raise DriftError(
                 f"`generate` gives the model {new.shape[1]} tokens where {num_unread} are new to the cache"
             )
-        if new.shape[1] != query_length:
-            cache.announce(new.shape[1])
+        positions = None
+        if grids is not None and seen == start:
+            positions = following(grids, cache.text_positions(new[:, :1]), new.shape[1])
+        if positions is not None or new.shape[1] != query_length:
+            cache.announce(new.shape[1], positions=positions)
         # Reading positions on another device would wait for it: two passes show how `generate` counts.
         is_checked = new.device.type == "cpu" or cache.watch.passes < 2
-        _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
+        if has_grids:
+            text_positions = cache.text_positions(new).expand(3, -1, -1)
+            inputs["position_ids"] = text_positions if positions is None else positions[:, :, :-1]
+        else:
+            _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs

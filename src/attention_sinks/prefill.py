@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .architecture.settings import check_config, config_state
 from .cache import SinkCache
 from .compat import DriftError, chosen_cache, with_cache
+from .grids import rope_index_of
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
@@ -102,7 +103,8 @@ def _read_chunk(
     windowed = can_window(model, cache) and (query_length > 1 or is_padded)
     arguments = {**model_kwargs, **with_cache(model.forward, cache)}
     if takes_positions(model):
-        arguments["position_ids"] = positions.position_ids(positions.true_positions(seen, chunk))
+        text = cache.text_positions(chunk)
+        arguments["position_ids"] = text if rope_index_of(model) is None else text.expand(3, -1, -1)
     elif positions.offset > 0:
         raise DriftError("the model takes no `position_ids`, by which positions are lowered")
     with cache.watch.watching(), cache.announced(query_length, windowed) as plan:

@@ -4,6 +4,7 @@ import warnings
 
 from torch import Tensor
 
+from .coordinates import Coordinates
 from .plan import UpdatePlan
 from .positions import TokenPositions
 
@@ -95,8 +96,13 @@ def warn_of_coarse_positions(position: int, can_rebase: bool) -> None:
     )
 
 
-def check_rebased(positions: TokenPositions, rebased: bool) -> None:
-    """Check that the caller gives the model lower positions if the cache counts them lower."""
+def check_rebased(positions: TokenPositions, coordinates: Coordinates | None, rebased: bool) -> None:
+    """Check that the caller gives the model positions as the cache counts them, if nobody else can."""
+    if coordinates is not None and not rebased:
+        raise ValueError(
+            "The cache counts positions by the images that it has seen, which plain `generate` does not know of. "
+            "Continue it with `sink_generate` or `sink_prefill`."
+        )
     if positions.offset > 0 and not rebased:
         raise ValueError(
             f"The cache counts positions from {positions.offset} tokens on, since `sink_generate` rebased them. "

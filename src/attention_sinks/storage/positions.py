@@ -32,6 +32,10 @@ class TokenPositions:
         """Number of pads at the start of each row, `[batch_size]`, or None without padding."""
         return None
 
+    def padding_of(self, batch_size: int) -> Tensor:
+        """Return the number of pads of each row of a batch, `[batch_size]`, on the CPU."""
+        return torch.zeros(batch_size, dtype=torch.long)
+
     def offsets(self) -> int | Tensor:
         """Return how much lower positions are than the model would count them, for all rows or `[batch_size]`."""
         return self.offset
@@ -96,6 +100,9 @@ class PaddedTokenPositions(TokenPositions):
             with torch.inference_mode(False):
                 self._on_device[device] = self._left_padding.to(device)
         return self._on_device[device]
+
+    def padding_of(self, batch_size: int) -> Tensor:
+        return self.padding_on(torch.device("cpu"))
 
     def offsets(self) -> Tensor:
         return (self.offset - self._left_padding).clamp(min=0)

@@ -19,6 +19,7 @@ from .checks import (
     check_window,
     warn_of_coarse_positions,
 )
+from .coordinates import Coordinates
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
@@ -40,6 +41,7 @@ class Stream:
         layers: the layers of the cache.
         first, last: the first and the last sink layer.
         layout: the slots and positions of the batch.
+        coordinates: those of the last tokens, if positions are not token counts.
         watch: checks that a call goes the way that this library relies on.
     """
 
@@ -67,8 +69,9 @@ class Stream:
         self.set_positions(positions)
         self._guard.restart()
 
-    def set_positions(self, positions: TokenPositions) -> None:
+    def set_positions(self, positions: TokenPositions, coordinates: Coordinates | None = None) -> None:
         """Let the tokens of the batch stand at other positions, or be those of another batch."""
+        self.coordinates = coordinates
         self.layout: Layout = layout_of(self.spec.window_length, self.spec.num_sink_tokens, positions)
         self._static = StaticPlan(self.layout, is_sliding=self.spec.sliding_window < torch.inf)
         self._static.set(self.last.seen)
@@ -84,14 +87,22 @@ class Stream:
 
     # --- the plan of a pass
 
-    def plan_for(self, layer: SinkLayer, query_length: int, announcing: bool = False, rebased: bool = False) -> Plan:
+    def plan_for(
+        self,
+        layer: SinkLayer,
+        query_length: int,
+        announcing: bool = False,
+        rebased: bool = False,
+        positions: Tensor | None = None,
+    ) -> Plan:
         """Return the plan of the current pass: the one that was announced, or a new one after the checks of a pass.
 
         Args:
             layer: the layer that asks.
             query_length: number of new tokens.
             announcing: True if the mask is made now, for this plan.
-            rebased: True if the caller gives the model positions as `TokenPositions.position_ids` counts them.
+            rebased: True if the caller gives the model positions as the cache counts them.
+            positions: see `announce`.
 
         Raises:
             ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
@@ -109,37 +120,64 @@ class Stream:
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            plan = self._plan = self._new_plan(layer, seen, query_length, rebased or all_slots, all_slots)
+            rebased = rebased or all_slots
+            plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, positions)
         return plan
 
     def _is_static_step(self, layer: SinkLayer) -> bool:
         """Return True if a layer takes the next single token in the static form."""
-        return layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
+        return self.coordinates is None and layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
 
-    def _new_plan(self, layer: SinkLayer, seen: int, query_length: int, rebased: bool, all_slots: bool) -> UpdatePlan:
-        check_rebased(self.layout.positions, rebased)
+    def _new_plan(
+        self,
+        layer: SinkLayer,
+        seen: int,
+        query_length: int,
+        rebased: bool,
+        all_slots: bool,
+        positions: Tensor | None = None,
+    ) -> UpdatePlan:
+        check_rebased(self.layout.positions, self.coordinates, rebased)
         self.check_limit(seen, query_length)
         in_order = self.spec.positions.needs_temporal_order
-        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased)
+        coordinates = self._coordinates_after(seen, query_length, positions)
+        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased, coordinates)
         check_window(plan, self.spec.sliding_window)
         return plan
 
-    def announce(self, query_length: int, windowed: bool) -> Plan:
-        """Return the plan of the coming pass, whose positions the caller takes from `TokenPositions.position_ids`.
+    def _coordinates_after(self, seen: int, query_length: int, positions: Tensor | None) -> Coordinates | None:
+        """Return the coordinates after the new tokens, or None if all tokens of the stream are counted as text."""
+        known = self.coordinates
+        if known is None:
+            if positions is None:
+                return None
+            known = Coordinates.of_text(self.layout, seen, positions.shape[1])
+        known = known.before(seen)
+        if positions is None:
+            positions = known.text(query_length + 1)[None]
+        return known.followed_by(self.layout, positions)
+
+    def announce(self, query_length: int, windowed: bool, positions: Tensor | None = None) -> Plan:
+        """Return the plan of the coming pass, whose positions the caller takes from the cache.
 
         Args:
             query_length: number of new tokens.
             windowed: let each query of the chunk see its own window, by a mask that is made with the plan.
+            positions: of the new tokens and of the text that would follow, `[num_axes, batch_size, query_length + 1]`,
+                if they are not text.
         """
         self._plan = None
+        if positions is not None:
+            self._repeat_padding(positions.shape[1])
         if not windowed:
-            return self.plan_for(self.first, query_length, announcing=True, rebased=True)
+            return self.plan_for(self.first, query_length, announcing=True, rebased=True, positions=positions)
         self.sync()
         seen, evicted = self.first.known_length, self.first.num_evicted
         self.check_limit(seen, query_length)
         # The mask of the plan takes the place of the model's, whose sliding window therefore hides nothing.
         separate = self.spec.has_separate_layers
-        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, shares_buffers=separate)
+        coordinates = self._coordinates_after(seen, query_length, positions)
+        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, separate, coordinates)
         return self._plan
 
     def drop_plan(self) -> None:
@@ -222,6 +260,7 @@ class Stream:
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
         if layer is self.last:
+            self.coordinates = plan.coordinates
             self.policy.note_pass(plan.query_length)
             self.update_compiled_count()
         return returned
@@ -336,6 +375,8 @@ class Stream:
             # +1: a compiled step may have been announced but not yet run.
             steps = self._static.steps_announced + 1
             seen = self.first.seen + steps if self.groups.is_stale else self.first.get_seq_length()
+        if self.coordinates is not None:
+            return self.spec.positions.limit - int(self.coordinates.text(1).max())
         positions = self.layout.positions
         # The row with the fewest pads is the furthest.
         least = positions.min_padding
@@ -349,6 +390,18 @@ class Stream:
             self._warned_of_coarse_positions = True
             warn_of_coarse_positions(limit - left, self.spec.can_rebase)
 
+    def text_positions(self, like: Tensor) -> Tensor:
+        """Return the positions of text that follows, shaped `[rows, n]` like `like`."""
+        seen = self.first.get_seq_length()
+        if self.coordinates is not None:
+            return self.coordinates.before(seen).text(like.shape[1]).to(like.device)
+        return self.layout.positions.position_ids(self.layout.positions.true_positions(seen, like))
+
+    def shift(self, num_evicted: int, device: torch.device) -> Any:
+        """Return by how many positions the sinks are rotated now, after `num_evicted` evictions."""
+        now = UpdatePlan(self.layout, self.first.known_length, 0, num_evicted, coordinates=self.coordinates)
+        return now.shift(device)
+
     def needs_rebase(self, query_length: int) -> bool:
         """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
         left = self.positions_left()
@@ -357,7 +410,7 @@ class Stream:
 
     def _check_static_step(self, rebased: bool, compiling: bool) -> None:
         """Check a step that will be compiled, as far as that is possible without waiting for the device."""
-        check_rebased(self.layout.positions, rebased)
+        check_rebased(self.layout.positions, self.coordinates, rebased)
         if not compiling:
             self._static.announce()
             if self.positions_left() < 1:
