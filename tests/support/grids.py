@@ -126,7 +126,8 @@ def coordinates(model: Any, input_ids: Tensor, *turns: dict[str, Any]) -> Tensor
         if any(name in turn for turn in turns)
     }
     types = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
-    return model.model.get_rope_index(input_ids, mm_token_type_ids=types, **given)[0]  # type: ignore[no-any-return]
+    positions: Tensor = model.model.get_rope_index(input_ids, mm_token_type_ids=types, **given)[0]
+    return positions
 
 
 @torch.no_grad()
@@ -146,7 +147,8 @@ def logits_of_window(model: Any, embeddings: Tensor, positions: Tensor, window_l
         end_of_sinks = positions[:, :, :num_sinks].max() + 1 if num_sinks else 0
         positions[:, :, num_sinks:] -= positions[:, :, num_sinks:].min() - end_of_sinks
     output = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-    return model.lm_head(output.last_hidden_state[0, -1])  # type: ignore[no-any-return]
+    logits: Tensor = model.lm_head(output.last_hidden_state[0, -1])
+    return logits
 
 
 def padded(inputs: dict[str, Any], num_pads: int) -> dict[str, Any]:
