@@ -192,7 +192,7 @@ def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for kind in (GenerationMixin, PreTrainedModel):
         for model_class in classes:
             if issubclass(model_class, kind) and (kind is GenerationMixin or names_cache(model_class)):
-                return cast(type[PreTrainedModel], model_class)
+                return model_class
     raise TypeError(f"no model that generates is known for {type(config).__name__}")
 
 
