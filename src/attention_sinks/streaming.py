@@ -256,9 +256,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(before)
-        self._num_told = len(self._ids)  # how many of them are part of an earlier piece
+        self._num_emitted = len(self._ids)  # how many of them are part of an earlier piece
         self._last_piece = 0  # where the tokens of the last piece with a text begin
-        self._told = self._decode(self._ids)
+        self._emitted = self._decode(self._ids)
 
     def push(self, tokens: list[int]) -> str:
         """Return the text that is certain after these tokens; the rest of a character may still be missing."""
@@ -274,20 +274,20 @@ class Detokenizer:
 
     def _next_piece(self, final: bool) -> str:
         text = self._decode(self._ids)
-        num_new = len(self._ids) - self._num_told
+        num_new = len(self._ids) - self._num_emitted
         complete = not text.endswith("\N{REPLACEMENT CHARACTER}") or num_new > _LONGEST_CHARACTER
         if not (complete or final):
             return ""
-        piece = text[len(self._told) :]
+        piece = text[len(self._emitted) :]
         if piece:
-            self._last_piece = self._num_told
-        self._told, self._num_told = text, len(self._ids)
+            self._last_piece = self._num_emitted
+        self._emitted, self._num_emitted = text, len(self._ids)
         # The last tokens with a text stay: they tell whether a space precedes the next one.
-        first = self._last_piece if len(self._ids) - self._last_piece <= _REMEMBERED else self._num_told
+        first = self._last_piece if len(self._ids) - self._last_piece <= _REMEMBERED else self._num_emitted
         if len(self._ids) > _DECODED and first > 0:
             self._ids = self._ids[first:]
-            self._num_told, self._last_piece = len(self._ids), 0
-            self._told = self._decode(self._ids)
+            self._num_emitted, self._last_piece = len(self._ids), 0
+            self._emitted = self._decode(self._ids)
         return piece
 
     def _decode(self, tokens: list[int]) -> str:

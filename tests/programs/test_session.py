@@ -89,12 +89,12 @@ def test_an_interrupted_answer_ends_as_the_template_ends_it(model: Any, template
     assert "".join(islice(answer, 4)) == " Onc"
     answer.close()
     # Tokens that the model made before it stopped belong to the stream.
-    told = session.tokenizer.decode(ids_of(session)).partition(" Once")[2]
-    assert len(told) < 40
+    answer = session.tokenizer.decode(ids_of(session)).partition(" Once")[2]
+    assert len(answer) < 40
     "".join(session.chat("Go on.", **say(session, "Yes.")))
     conversation = [
         {"role": "user", "content": "Tell me a story."},
-        {"role": "assistant", "content": "Once" + told},
+        {"role": "assistant", "content": "Once" + answer},
         {"role": "user", "content": "Go on."},
     ]
     expected: Any = session.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)

@@ -225,9 +225,9 @@ def restore_stream(stream: Stream, state: dict[str, Any], device: Device) -> Non
         for layer, saved in zip(stream.layers, state["layers"], strict=True):
             restore_layer(layer, saved, device)
             for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-                stream.policy.fix_address(*states.values())
+                stream.policy.mark_static(*states.values())
         stream.groups.set_offset(state["position_offset"])
-        stream.tell_compiled_steps()
+        stream.update_compiled_count()
     if state["process"] not in (None, process_of_heads(stream.spec.config, stream.first)):
         rank, processes = state["process"]
         raise ValueError(

@@ -46,11 +46,11 @@ class SinkGroup:
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, in that order."""
-        there = index.to(self.device)
+        index = index.to(self.device)
         if isinstance(self._sinks, Tensor):
-            self._sinks = replaced(self._sinks, self._sinks.index_select(1, there))
+            self._sinks = replaced(self._sinks, self._sinks.index_select(1, index))
         else:
-            self._sinks = [replaced(sinks, sinks.index_select(0, there)) for sinks in self._sinks]
+            self._sinks = [replaced(sinks, sinks.index_select(0, index)) for sinks in self._sinks]
 
     def rotated_sinks(self, plan: Plan, index: int) -> Tensor:
         """Return the sinks of a layer where they act in a pass, `[batch_size, num_heads, S, head_dim]`."""
@@ -113,7 +113,7 @@ class SinkGroups:
         if key not in self._groups:
             on_device = None if rotation is None else rotation.to(_float64_device(like.device))
             group = self._groups[key] = SinkGroup(on_device, like.device, like.dtype)
-            self.policy.fix_address(group.count, group.offset, None if on_device is None else on_device.inv_freq)
+            self.policy.mark_static(group.count, group.offset, None if on_device is None else on_device.inv_freq)
         return self._groups[key]
 
     def clear(self) -> None:

@@ -147,8 +147,8 @@ class SinkLayer(CacheLayerMixin):
         self.group = self.groups.join(self.rotation, self.keys, sinks.shape)
         if self.rotation is not None:
             self._sinks_index = self.group.add(sinks)
-            self.groups.policy.fix_address(sinks)
-        self.groups.policy.fix_address(self.keys, self.values)
+            self.groups.policy.mark_static(sinks)
+        self.groups.policy.mark_static(self.keys, self.values)
 
     def rotating(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Return those of the two that carry the position."""
@@ -344,7 +344,7 @@ class SinkLayer(CacheLayerMixin):
                 return replaced(states, states.index_select(0, index.to(states.device)))
 
             self.keys, self.values = selected(self.keys), selected(self.values)
-            self.groups.policy.fix_address(self.keys, self.values)
+            self.groups.policy.mark_static(self.keys, self.values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError(_ROWS)

@@ -58,13 +58,13 @@ class UpdatePlan:
         self.query_length = query_length
         self.all_slots = all_slots
         self.rebased = rebased
-        full = start + 1 - layout.window_length
+        overflow = start + 1 - layout.window_length
         # The shift of the first query holds for the whole pass.
         self.evicted = num_evicted_after(start + min(query_length, 1), layout.window_length, num_evicted)
-        self.overwrites = query_length == 1 and not in_order and (all_slots or full >= num_evicted)
+        self.overwrites = query_length == 1 and not in_order and (all_slots or overflow >= num_evicted)
         self.kv_length, self.kv_offset = start + query_length - self.evicted, self.evicted
         if all_slots:
-            self.kv_length, self.kv_offset = layout.window_length, max(full, 0)
+            self.kv_length, self.kv_offset = layout.window_length, max(overflow, 0)
         self.stores_sinks = not layout.has_all_sinks(start)
         self.rotates_sinks = self.evicted > 0
         self._memo: dict[Hashable, Any] = {}

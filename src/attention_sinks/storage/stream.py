@@ -165,7 +165,7 @@ class Stream:
                 self.watch.begin_pass(query_length)
             if not layer.is_initialized or plan.start == 0:
                 plan = self._check_first_states(plan, layer_idx, key_states, value_states)
-            change = self._update_edge if is_last or layer.pending is not None else SinkLayer.update
+            change = self._update_at_pass_boundary if is_last or layer.pending is not None else SinkLayer.update
             if self.policy.is_compiling:
                 returned = change(layer, key_states, value_states, plan)
             else:
@@ -213,7 +213,7 @@ class Stream:
         self.set_positions(positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
         return True
 
-    def _update_edge(
+    def _update_at_pass_boundary(
         self, layer: SinkLayer, key_states: Tensor, value_states: Tensor, plan: UpdatePlan
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
@@ -223,7 +223,7 @@ class Stream:
         returned = layer.update(key_states, value_states, plan)
         if layer is self.last:
             self.policy.note_pass(plan.query_length)
-            self.tell_compiled_steps()
+            self.update_compiled_count()
         return returned
 
     def _flush_pending(self, layer: SinkLayer, plan: UpdatePlan) -> None:
@@ -239,7 +239,7 @@ class Stream:
             self._flush_pending(layer.indexer, plan)
         return layer.update_indexer(indexer_key_states, plan)
 
-    def tell_compiled_steps(self) -> None:
+    def update_compiled_count(self) -> None:
         """Bring what compiled steps read up to date."""
         seen, evicted = self.last.seen, self.last.num_evicted
         self._static.set(seen)
@@ -251,7 +251,7 @@ class Stream:
             seen = int(self.first.group.count)
             for layer in self.sink_layers():
                 layer.seen = seen
-            self.tell_compiled_steps()
+            self.update_compiled_count()
 
     @property
     def has_unread_steps(self) -> bool:
@@ -300,7 +300,7 @@ class Stream:
         with self._guard.changing(self._damage, *refusals):
             self._plan = None
             yield
-            self.tell_compiled_steps()
+            self.update_compiled_count()
 
     def check(self) -> None:
         """Check that no pass and no change was interrupted.
