@@ -31,7 +31,8 @@ class _PreparePatch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.attributes = vars(model)
-        self.own, self.prepare = self.attributes.get(_NAME), getattr(model, _NAME)
+        self.own: Any = self.attributes.get(_NAME)
+        self.prepare: Prepare = getattr(model, _NAME)
         if isinstance(self.own, _PreparePatch):
             self.own, self.prepare = self.own.own, self.own.prepare
         # With their threads, so that streams through one model do not meet.
