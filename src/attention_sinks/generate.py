@@ -23,7 +23,7 @@ from .prefill import (
     read_in_chunks,
     takes_positions,
 )
-from .prompt import GenerationSettings, Text, pop_prompt, text_for
+from .prompt import GenerationSettings, Text, mask_of_embeds, mask_of_first, pop_prompt, text_for
 
 # The arguments of `generate` that ask for assisted decoding.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -73,36 +73,58 @@ def sink_generate(
     _check_call(model, continued, prefill_chunk_size, generate_kwargs)
     settings = GenerationSettings(model, generate_kwargs)
     is_started = continued is not None and continued.get_seq_length() > 0
-    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs, None if is_started else settings)
+    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs)
+    embeds = generate_kwargs.get("inputs_embeds")
+    ids = input_ids if embeds is None else None
+    if ids is not None and not is_started:
+        attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=attention_mask)
+        cache = SinkCache(model.config, window_length, num_sink_tokens)
         check_model(model, cache)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
         check_model(model, cache)
-        if not is_started and attention_mask is not None:
-            cache.announce_padding(attention_mask)
         cache.deactivate_past_recording()
     chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
     # The model's own settings may ask for another cache, or for chunks that show each token more than its window.
     generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
-    if attention_mask is not None:
-        generate_kwargs["attention_mask"] = attention_mask
-    text = None
-    if input_ids is not None and generate_kwargs.get("inputs_embeds") is None:
-        text = text_for(cache, input_ids, attention_mask)
-        generate_kwargs["attention_mask"] = text.attention_mask
-        if text.needs_positions and takes_positions(model):
-            positions = cache.token_positions.true_positions(text.num_omitted, input_ids)
-            generate_kwargs["position_ids"] = positions
-        _prefill(model, cache, text, chunk_size, settings, generate_kwargs)
-    cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
-    if generate_kwargs.get("streamer") is not None:
-        generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
     generate: Any = model.generate
-    with _passes_prepared(model, cache, text):
-        return generate(input_ids, **{cache_name(): cache}, **generate_kwargs)  # type: ignore[no-any-return]
+    if embeds is not None:
+        attention_mask = mask_of_embeds(cache, embeds, attention_mask)
+    with _padding_announced(cache, None if is_started else attention_mask):
+        text = None
+        if ids is not None:
+            text = text_for(cache, ids, attention_mask, settings)
+            generate_kwargs["attention_mask"] = text.attention_mask
+            if text.needs_positions and takes_positions(model):
+                generate_kwargs["position_ids"] = cache.token_positions.true_positions(text.num_omitted, ids)
+            _prefill(model, cache, text, chunk_size, settings, generate_kwargs)
+        else:
+            generate_kwargs["attention_mask"] = attention_mask
+        cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
+        if generate_kwargs.get("streamer") is not None:
+            generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
+        with _passes_prepared(model, cache, text):
+            return generate(input_ids, **{cache_name(): cache}, **generate_kwargs)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _padding_announced(cache: SinkCache, attention_mask: Tensor | None) -> Iterator[None]:
+    """Tell a cache of the padding of a first prompt, if there is a mask; if nothing is read, it forgets that again."""
+    if attention_mask is None:
+        yield
+        return
+    before = cache.token_positions.told_mask()
+    cache.announce_padding(attention_mask)
+    try:
+        yield
+    except BaseException:
+        if cache.get_seq_length() == 0:
+            cache.reset()
+            if before is not None:
+                cache.announce_padding(before)
+        raise
 
 
 def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs: dict[str, Any]) -> None:

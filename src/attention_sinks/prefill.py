@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .architecture.settings import check_config, config_state
 from .cache import SinkCache
 from .compat import DriftError, chosen_cache, with_cache
+from .prompt import GenerationSettings, check_no_pad_ids
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
@@ -68,6 +69,10 @@ def sink_prefill(
             f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
         )
     check_is_text(model_kwargs)
+    if chosen.get_seq_length() == 0 and chosen.token_positions.known_length(len(input_ids)) == 0:
+        remedy = "If they are text, give it a mask of ones."
+        demand = "`cache` must be told of padding, `SinkCache(config, attention_mask=mask)`"
+        check_no_pad_ids(input_ids, GenerationSettings(model, {}), demand, remedy, texts_may_end=True)
     if chunk_size is None:
         chunk_size = default_chunk_size(model, chosen)
     yield from read_in_chunks(model, input_ids, chosen, chunk_size, model_kwargs)
