@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .prefill import (
     read_in_chunks,
     takes_positions,
 )
-from .prompt import GenerationSettings, Text, pop_prompt, text_for
+from .prompt import GenerationSettings, Text, mask_of_embeds, mask_of_first, pop_prompt, text_for
 
 # The arguments of `generate` that ask for assisted decoding.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -77,41 +78,63 @@ def sink_generate(
     _check_call(inner, continued, prefill_chunk_size, settings, generate_kwargs)
     is_started = continued is not None and continued.get_seq_length() > 0
     check_prompt(inner, inputs, generate_kwargs, is_started)
-    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs, None if is_started else settings)
+    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs)
+    embeds = generate_kwargs.get("inputs_embeds")
+    ids = input_ids if embeds is None else None
+    if ids is not None and not is_started:
+        attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(inner.config, window_length, num_sink_tokens, attention_mask=attention_mask)
+        cache = SinkCache(inner.config, window_length, num_sink_tokens)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
     check_model(inner, cache)
-    if input_ids is not None and not_text(generate_kwargs) is None:
-        check_vocabulary("input_ids", input_ids, inner)
+    if ids is not None and not_text(generate_kwargs) is None:
+        check_vocabulary("input_ids", ids, inner)
     chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
     # The model's own settings may ask for another cache, or for chunks that show each token more than its window.
     generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
-    if attention_mask is not None:
+    if embeds is not None:
+        attention_mask = mask_of_embeds(cache, embeds, attention_mask)
+    with _padding_announced(cache, None if is_started else attention_mask):
+        text = None
         generate_kwargs["attention_mask"] = attention_mask
-    text = None
-    if input_ids is not None and generate_kwargs.get("inputs_embeds") is None:
-        text = text_for(cache, input_ids, attention_mask)
-        _check_text(cache, text, settings)
-        generate_kwargs["attention_mask"] = text.attention_mask
-        if text.needs_positions and takes_positions(inner):
-            positions = cache.token_positions.true_positions(text.num_omitted, input_ids)
-            generate_kwargs["position_ids"] = positions
-        chunk_size = chunk_size or _default_chunk_size(inner, cache, text)
-    forward = guided(model, cache, input_ids, settings, generate_kwargs)
-    unannounced = attention_mask if continued is not None and not is_started else None
-    _begin(model, cache, text, chunk_size, unannounced, settings.num_repeats, generate_kwargs)
-    cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
-    if generate_kwargs.get("streamer") is not None:
-        generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
-    view = view_of(model, _passes_prepared(inner, cache, text), forward)
+        if ids is not None:
+            text = text_for(cache, ids, attention_mask, settings)
+            _check_text(cache, text, settings)
+            generate_kwargs["attention_mask"] = text.attention_mask
+            if text.needs_positions and takes_positions(inner):
+                generate_kwargs["position_ids"] = cache.token_positions.true_positions(text.num_omitted, ids)
+            chunk_size = chunk_size or _default_chunk_size(inner, cache, text)
+        forward = guided(model, cache, input_ids, settings, generate_kwargs)
+        _begin(model, cache, text, chunk_size, settings.num_repeats, generate_kwargs)
+        cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
+        if generate_kwargs.get("streamer") is not None:
+            generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
+        view = view_of(model, _passes_prepared(inner, cache, text), forward)
+        try:
+            with cache.watch.watching():
+                return _generate(view, input_ids, cache, generate_kwargs)  # type: ignore[no-any-return]
+        finally:
+            cache.drop_plan()
+
+
+@contextlib.contextmanager
+def _padding_announced(cache: SinkCache, attention_mask: Tensor | None) -> Iterator[None]:
+    """Tell a cache of the padding of a first prompt, if there is a mask; if nothing is read, it forgets that again."""
+    if attention_mask is None:
+        yield
+        return
+    before = cache.token_positions.told_mask()
+    cache.announce_padding(attention_mask)
     try:
-        with cache.watch.watching():
-            return _generate(view, input_ids, cache, generate_kwargs)  # type: ignore[no-any-return]
-    finally:
-        cache.drop_plan()
+        yield
+    except BaseException:
+        if cache.get_seq_length() == 0:
+            cache.reset()
+            if before is not None:
+                cache.announce_padding(before)
+        raise
 
 
 def _generate(view: Any, input_ids: Tensor | None, cache: SinkCache, generate_kwargs: dict[str, Any]) -> Any:
@@ -202,7 +225,6 @@ def _begin(
     cache: SinkCache,
     text: Text | None,
     chunk_size: int | None,
-    attention_mask: Tensor | None,
     num_repeats: int,
     generate_kwargs: dict[str, Any],
 ) -> None:
@@ -212,7 +234,6 @@ def _begin(
         model, cache, generate_kwargs: those of the call.
         text: the prompt, if it has token ids.
         chunk_size: read all of the prompt but its last token in chunks of this size, unless it is None.
-        attention_mask: the mask of a first prompt, if the cache does not know its padding.
         num_repeats: how often `generate` repeats each row of the prompt.
     """
     inner, input_ids, unread = unwrapped(model), None, None
@@ -220,10 +241,8 @@ def _begin(
         input_ids = text.input_ids
         unread = input_ids[:, -text.num_new : -1] if chunk_size is not None and text.num_new > 1 else None
     repeats = input_ids is not None and num_repeats > 1 and (unread is not None or cache.num_rows == len(input_ids))
-    if unread is not None or attention_mask is not None or repeats:
+    if unread is not None or repeats:
         check_arguments(inner, input_ids, cache, generate_kwargs)
-    if attention_mask is not None:
-        cache.announce_padding(attention_mask)
     cache.deactivate_past_recording()
     if unread is not None and chunk_size is not None:
         check_is_text(generate_kwargs)

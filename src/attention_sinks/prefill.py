@@ -17,6 +17,7 @@ from .cache import SinkCache
 from .compat import DriftError, checkpointing_drops_cache, chosen_cache, with_cache
 from .inputs import check_model_arguments, check_token_ids, check_vocabulary
 from .models import unwrapped, view_of
+from .prompt import GenerationSettings, check_no_pad_ids
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
@@ -67,6 +68,10 @@ def sink_prefill(
     check_token_ids("input_ids", input_ids, inner, may_be_empty=True)
     check_vocabulary("input_ids", input_ids, inner)
     check_model_arguments(model_kwargs, input_ids)
+    if chosen.get_seq_length() == 0 and chosen.token_positions.known_length(len(input_ids)) == 0:
+        remedy = "If they are text, give it a mask of ones."
+        demand = "`cache` must be told of padding, `SinkCache(config, attention_mask=mask)`"
+        check_no_pad_ids(input_ids, GenerationSettings(inner, {}), demand, remedy, texts_may_end=True)
     if chunk_size is None:
         chunk_size = default_chunk_size(inner, chosen)
     check_int("chunk_size", chunk_size, at_least=1)

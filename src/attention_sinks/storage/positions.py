@@ -38,6 +38,10 @@ class TokenPositions:
         """Return of how many first columns of a batch of `num_rows` it is known whether they are padding."""
         return self._told[1] if self._told[0] == num_rows else 0
 
+    def told_mask(self) -> Tensor | None:
+        """Return the mask by which the caller told the padding, or None."""
+        return self.mask(0, torch.empty(self._told)) if self._told[1] > 0 else None
+
     def offsets(self) -> int | Tensor:
         """Return how much lower positions are than the model would count them, for all rows or `[batch_size]`."""
         return self.offset

@@ -199,7 +199,7 @@ class Stream:
             if may_be_pads:
                 check_no_pads(self.layout.positions, plan.start, key_states, value_states)
         except ValueError:
-            if is_first:  # layers before this one took the prompt already
+            if is_first and layer_idx != self.spec.text_layers[0]:  # layers before this one took the prompt already
                 self.reset(positions)
             raise
         return plan
