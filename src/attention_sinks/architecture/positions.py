@@ -164,7 +164,7 @@ def _measure(key: _ConfigKey) -> _Measured | Refusal:
             # Far positions tell frequencies apart best, but a model may not have them.
             for length in sorted({PROBE_LENGTH, _shortest_length(config)}, reverse=True):
                 try:
-                    measured = _measure_twin(build_twin(config, resize), length)
+                    measured = _measure_smallest(config, resize, length)
                 except Exception as error:  # the code of a model may raise anything on sizes that it does not support
                     failures.append(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}"))
                     continue
@@ -174,6 +174,19 @@ def _measure(key: _ConfigKey) -> _Measured | Refusal:
             if outcomes:
                 return outcomes[-1]
     return _explain_failure(config, failures[0])
+
+
+def _measure_smallest(config: PreTrainedConfig, resize: Any, length: int) -> _Measured | Refusal:
+    """Measure a twin with one layer of each kind, or, if that does not show what every layer does, with all layers."""
+    twin = build_twin(config, resize)
+    try:
+        measured = _measure_twin(twin, length)
+        if not twin.left_out.differ:
+            return measured
+    except Exception:
+        if not twin.left_out.layers:
+            raise
+    return _measure_twin(build_twin(config, resize, every_layer=True), length)
 
 
 def _shortest_length(config: PreTrainedConfig) -> int:
@@ -218,8 +231,8 @@ def _measure_twin(twin: Twin, length: int) -> _Measured | Refusal:
     if limit is None:
         return Refusal(REASON_LENGTH)
     return _Measured(
-        rotations=rotations,
-        indexers=indexers,
+        rotations=twin.left_out.for_all(rotations),
+        indexers=twin.left_out.for_all(indexers),
         needs_temporal_order=_needs_temporal_order(twin, start.logits),
         limit=limit,
         masked=twin.masked,
