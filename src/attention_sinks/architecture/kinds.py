@@ -91,42 +91,36 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
 
 def _stand_ins(model: PreTrainedModel, stack: nn.ModuleList) -> dict[int, int]:
     """Return for each layer of a stack that is like an earlier one the place of the first that it is like."""
-    # What the config says of each layer: a layer may read it in a forward pass.
+    # What the config says of each layer, since a layer may read it in a forward pass.
     entries = [value for value in model.config.to_dict().values() if isinstance(value, list | tuple)]
     entries = [value for value in entries if len(value) >= len(stack)]
-    firsts: list[int] = []
+    layers = list(stack)
+    kinds: dict[int, Any] = {}
     stand_ins: dict[int, int] = {}
-    for i, layer in enumerate(stack):
-        if _index(layer) is None:
+    for i, layer in enumerate(layers):
+        if _index(layer) < 0 or layers.index(layer) < i:  # one layer may stand at several places
             continue
-        for first in firsts:
-            if all(_same(value[i], value[first]) for value in entries) and _same_parts(layer, stack[first]):
-                stand_ins[i] = first
-                break
+        kind = [value[i] for value in entries], _parts(layer)
+        first = next((each for each in kinds if _same(kinds[each], kind)), None)
+        if first is None:
+            kinds[i] = kind
         else:
-            firsts.append(i)
+            stand_ins[i] = first
     return stand_ins
 
 
-def _index(layer: nn.Module) -> int | None:
-    """Return the index by which a layer and its parts address the cache, None if there is not one."""
+def _index(layer: nn.Module) -> int:
+    """Return the index by which a layer and its parts address the cache, -1 if there is not one."""
     indices = {vars(part)["layer_idx"] for part in layer.modules() if "layer_idx" in vars(part)}
-    return indices.pop() if len(indices) == 1 else None
+    return indices.pop() if len(indices) == 1 else -1
 
 
-def _same_parts(layer: nn.Module, other: nn.Module) -> bool:
-    """Return True if two layers differ in nothing but their index and the values of their weights."""
-    if layer is other:
-        return False  # one layer at two places
-    parts, others = dict(layer.named_modules()), dict(other.named_modules())
-    return parts.keys() == others.keys() and all(
-        type(part) is type(others[name]) and _same(_settings(part), _settings(others[name]))
-        for name, part in parts.items()
-    )
-
-
-def _settings(part: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(part).items() if name not in ("layer_idx", "_modules")}
+def _parts(layer: nn.Module) -> dict[str, Any]:
+    """Return the parts of a layer by name: their class, and all that they hold but their index."""
+    return {
+        name: (type(part), {key: value for key, value in vars(part).items() if key not in ("layer_idx", "_modules")})
+        for name, part in layer.named_modules()
+    }
 
 
 def _same(value: Any, other: Any) -> bool:

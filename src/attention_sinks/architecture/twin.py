@@ -300,6 +300,7 @@ _SMALLER: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     (r"^linear_num_.*heads$", _always(1)),
     (r"experts?_per_tok(en)?$|^(moe_)?(top_?)?k(_experts)?$", _at_most(2)),
     (r"^(mamba_)?chunk_size$", _at_most(8)),
+    (r"(^|_)(d_state|state_size)$", _at_most(4)),
     (r"^(n|num|num_expert|topk)_groups?$", _always(1)),
 )
 
