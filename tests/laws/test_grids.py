@@ -80,7 +80,7 @@ def test_below_the_window_images_are_bitwise_a_dynamic_cache(name: str, parts: t
 @pytest.mark.parametrize("name", GRID_MODELS)
 def test_a_later_turn_may_bring_images(name: str, whole: bool) -> None:
     model, cache = grid_model(name), SinkCache(grid_model(name).config.text_config, W, S)
-    first, second = prompt(5, picture(2, 2), 4), prompt(3, picture(2, 3), 4, seed=1)
+    first, second = prompt(5, picture(2, 2), 4), prompt(3, picture(2, 3), 6, seed=1)
     with Recorder(model) as recorder:
         output = answer(model, cache, first, 10)
         # The model keeps `rope_deltas` of its last call: another stream comes in between.

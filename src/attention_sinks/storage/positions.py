@@ -112,7 +112,8 @@ class PaddedTokenPositions(TokenPositions):
         return self._on_device[device]
 
     def padding_of(self, batch_size: int) -> Tensor:
-        return self.padding_on(torch.device("cpu"))
+        # For beams and several answers to a prompt, which the cache learns of by their first states.
+        return self.padding_on(torch.device("cpu")).repeat_interleave(batch_size // self.num_rows)
 
     def known_length(self, num_rows: int) -> int:
         return max(self._told[1], self.max_padding)

@@ -124,8 +124,8 @@ class Stream:
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            rebased = rebased or all_slots
-            plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, positions)
+            rebased, coordinates = rebased or all_slots, self._coordinates_after(seen, query_length, positions)
+            plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, coordinates)
         return plan
 
     def _is_static_step(self, layer: SinkLayer) -> bool:
@@ -139,12 +139,11 @@ class Stream:
         query_length: int,
         rebased: bool,
         all_slots: bool,
-        positions: Tensor | None = None,
+        coordinates: Coordinates | None,
     ) -> UpdatePlan:
         check_rebased(self.layout.positions, self.coordinates, rebased)
         self.check_limit(seen, query_length)
         in_order = self.spec.positions.needs_temporal_order
-        coordinates = self._coordinates_after(seen, query_length, positions)
         plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased, coordinates)
         check_window(plan, self.spec.sliding_window)
         return plan
@@ -171,8 +170,6 @@ class Stream:
                 if they are not text.
         """
         self._plan = None
-        if positions is not None:
-            self._repeat_padding(positions.shape[1])
         if not windowed:
             return self.plan_for(self.first, query_length, announcing=True, rebased=True, positions=positions)
         self.sync()
@@ -232,8 +229,9 @@ class Stream:
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
             if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
-                rebased, all_slots = plan.rebased, plan.all_slots
-                plan = self._plan = self._new_plan(self.first, 0, plan.query_length, rebased, all_slots)
+                query_length, rebased, all_slots = plan.query_length, plan.rebased, plan.all_slots
+                plan = self._new_plan(self.first, 0, query_length, rebased, all_slots, plan.coordinates)
+                self._plan = plan
             if may_be_pads:
                 check_no_pads(self.layout.positions, plan.start, key_states, value_states)
         except ValueError:
