@@ -75,14 +75,7 @@ class SinkSession:
     ) -> None:
         config, template = _check_parts(model, tokenizer, system)
         if system is not None and keep_system_prompt:
-            kept = len(encode(tokenizer, template.before_message(first=True), first=True))
-            num_sink_tokens = max(num_sink_tokens, kept)
-            if num_sink_tokens >= window_length:
-                raise ValueError(
-                    f"`system` must fit the window: it has {kept} tokens with its template, and "
-                    f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger "
-                    "window, or let it be forgotten with keep_system_prompt=False."
-                )
+            num_sink_tokens = max(num_sink_tokens, _length_of_system(tokenizer, template, window_length))
         self._bind(model, tokenizer, template, Transcript(SinkCache(config, window_length, num_sink_tokens)))
         self._check_readable([])
 
@@ -395,6 +388,18 @@ class SinkSession:
         device = unwrapped(self.model).device
         # The weights of an offloaded model are on no device; accelerate moves inputs to where they are needed.
         return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
+
+
+def _length_of_system(tokenizer: Any, template: ChatTemplate, window_length: int) -> int:
+    """Return the number of tokens of the system prompt, which must fit the window."""
+    length = len(encode(tokenizer, template.before_message(first=True), first=True))
+    if length >= window_length:
+        raise ValueError(
+            f"`system` must fit the window: it has {length} tokens with its template, and window_length={window_length} "
+            "must also hold recent ones. Choose a shorter one or a larger window, or let it be forgotten with "
+            "keep_system_prompt=False."
+        )
+    return length
 
 
 def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, ChatTemplate]:
