@@ -1,12 +1,13 @@
 """What `transformers` calls on a cache of which some layers keep sinks."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from .architecture.spec import check_int
+from .fields import Device
 from .storage import changes
 from .storage.mixed import IndexedSinkLayer
 from .storage.stream import Stream
@@ -118,6 +119,22 @@ class StreamCache(Cache):
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         """`get_max_length` by its name in early transformers 5."""
         return self.get_max_length(layer_idx)
+
+    def to(self, device: Device | int | torch.dtype = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all states to another device or dtype, in place, like `torch.nn.Module.to`; return the cache.
+
+        Call it with a model that was moved, or to put a stream aside, as in `cache.to("cpu")`. What follows is the same
+        as if the stream had begun there, but for what a narrower dtype rounds.
+
+        Raises:
+            ValueError: if the device is not at hand or has no room, or the dtype is not floating. Nothing is changed.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
+        changes.move(self._stream, device, dtype)
+        return self
 
     def reset(self) -> None:
         """Start a new stream, of another batch if need be, whose rows are not padded."""

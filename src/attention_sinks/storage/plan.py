@@ -130,6 +130,7 @@ class WindowedPlan(UpdatePlan):
         self, layout: Layout, start: int, query_length: int, num_evicted: int = 0, shares_buffers: bool = False
     ) -> None:
         super().__init__(layout, start, query_length, num_evicted, rebased=True)
+        self.overwrites = False
         self.shares_buffers = shares_buffers
         self.num_recent = num_recent_in_window(layout, start)
         self.kv_length = query_length * layout.num_sink_tokens + self.num_recent + query_length
