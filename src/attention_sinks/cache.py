@@ -20,6 +20,7 @@ from .architecture.spec import cache_spec, check_arguments
 from .compat import PassWatch
 from .rope import Rotation
 from .storage import changes, checkpoint
+from .storage.columns import token_indices
 from .storage.groups import Plan
 from .storage.positions import TokenPositions, left_padding_of, token_positions
 from .storage.stream import Stream
@@ -106,6 +107,31 @@ class SinkCache(StreamCache):
         """Number of rows of a batch that are stored, 0 before the first prompt."""
         keys = self._stream.first.keys
         return 0 if keys is None else keys.shape[0]
+
+    def token_indices(
+        self, layer_idx: int = 0, attentions: Tensor | None = None, *, seen: int | None = None, prefilled: bool = False
+    ) -> Tensor:
+        """Return which token stands in which column, `[num_rows, columns]`; -1 where there is none.
+
+        Past the window neither the keys that a layer holds nor attention weights are in the order of the text. An index
+        counts all that was fed, pads included, as `get_seq_length` does: token `i` of a row is `input_ids[row, i]`.
+
+        Args:
+            layer_idx: the layer.
+            attentions: attention weights of the layer in a pass, `[..., query_length, columns]`: the columns of these.
+                Without them, the columns are those of `layers[layer_idx].keys`.
+            seen: number of tokens seen after that pass, if it was not the last one.
+            prefilled: True if it was a pass of `sink_prefill`.
+
+        Raises:
+            ValueError: if the layer holds no keys of the text, or the weights have another number of columns.
+
+        Example:
+            >>> output = model(input_ids, past_key_values=cache, output_attentions=True)
+            >>> indices = cache.token_indices(0, output.attentions[0])
+            >>> text.gather(1, indices.clamp(min=0))  # the token ids of the columns
+        """
+        return token_indices(self._stream, layer_idx, attentions, seen, prefilled)
 
     # --- positions and left padding
 
