@@ -76,7 +76,7 @@ class Stream:
         self.layout: Layout = layout_of(self.spec.window_length, self.spec.num_sink_tokens, positions)
         self._static = StaticPlan(self.layout, is_sliding=self.spec.sliding_window < torch.inf)
         self._static.set(self.last.seen)
-        self.groups.set_offset(positions.offset)
+        self.groups.set_layout(self.layout)
         # The plan of the current pass, from the first question for its mask until its last layer is updated.
         self._plan: Plan | None = None
 
@@ -118,7 +118,7 @@ class Stream:
 
     def _is_static_step(self, layer: SinkLayer) -> bool:
         """Return True if a layer takes the next single token in the static form."""
-        return layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
+        return layer.takes_static_steps and self.policy.expects_static(layer.group.device)
 
     def _new_plan(self, layer: SinkLayer, seen: int, query_length: int, rebased: bool, all_slots: bool) -> UpdatePlan:
         check_rebased(self.layout.positions, rebased)
@@ -218,6 +218,7 @@ class Stream:
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
         if layer.pending is not None:
+            layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
@@ -262,7 +263,7 @@ class Stream:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
         first = self.first
         if first.is_initialized:
-            stored, dtype = first.keys.shape[0], first.keys.dtype
+            stored, dtype = first.keys.shape[0], first.group.dtype
             if key_states.shape[0] != stored or key_states.dtype != dtype:
                 raise ValueError(
                     f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
@@ -301,6 +302,8 @@ class Stream:
         self.sync()
         with self._guard.changing(self._damage, *refusals):
             self._plan = None
+            for layer in self.sink_layers():
+                layer.bring_back()
             yield
             self.update_compiled_count()
 
