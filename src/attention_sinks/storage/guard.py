@@ -96,7 +96,7 @@ class PassGuard:
             what = damage(self._parts_done)
         if what is not None:
             raise RuntimeError(
-                f"A forward pass was interrupted {what}. Start a new stream with `reset()`. (Or the model skips layers, "
-                "or has fewer than the `config` of the cache: make the cache with `model.config`. Or a pass runs now, in "
-                "another thread. Or some layers of the model are compiled and others are not: compile all of it.)"
+                f"A forward pass was interrupted {what}. Start a new stream with `reset()`. (Or the model skips "
+                "layers, or has fewer than the `config` of the cache: make the cache with `model.config`. Or a pass "
+                "runs now in another thread. Or some layers of the model are compiled, others not: compile all of it.)"
             )
