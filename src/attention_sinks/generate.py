@@ -273,6 +273,9 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
             # `generate` does not know how many tokens it is not given, and begins with some that may have been read.
             length = given[0].shape[1]
             num_unread = length + text.num_omitted - seen
+            if num_unread <= 0 and cache.watch.passes > 0:
+                # The text has ended; with `synced_gpus` the pass is for the other processes, and its output is dropped.
+                return {"input_ids": given[0][:, -1:], "use_cache": False}
             kwargs["next_sequence_length"] = num_unread if 0 < num_unread < length else None
             if text.num_omitted > 0 and not cache.holds_padding():
                 kwargs["attention_mask"] = None

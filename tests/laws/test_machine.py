@@ -84,6 +84,9 @@ class Branch:
                 continue
             keys, values, indexed = returned[i]
             assert keys.shape[2] == values.shape[2] == kv_length
+            if not windowed or query_length > 1 or stream.is_padded:  # as `sink_prefill` reads
+                weights = torch.empty(len(keys), 1, query_length, kv_length)
+                self.check_columns(layer, cache.token_indices(i, weights, prefilled=windowed), keys, values, views[-1])
             if mode == "grad" and layer.is_ring:
                 assert keys.requires_grad
                 assert values.requires_grad
@@ -99,6 +102,24 @@ class Branch:
             else:
                 for query, view in enumerate(views):
                     self.check_window(layer, view, keys, values, visible, query)
+
+    def check_columns(
+        self, layer: Layer, indices: Tensor, keys: Tensor, values: Tensor, view: View | None = None
+    ) -> None:
+        """Check that the columns hold the tokens that the cache says, and all that the last query sees."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        kind, states = (layer.keys, keys) if layer.keys.rope is None else (layer.values, values)
+        assert indices.shape == states[:, 0, :, 0].shape
+        for row, numbers in enumerate(indices.tolist()):
+            tokens = self.stream.rows[row].counted
+            words = torch.tensor([[tokens[i].word if i >= 0 else PAD for i in numbers]])
+            shown = torch.tensor(numbers)[:, None] >= 0
+            expected = kind.at(words, torch.zeros_like(words))[0].to(self.stream.dtype)
+            assert torch.equal(states[row].to(self.stream.dtype) * shown, expected * shown)
+            assert not any(tokens[i].is_pad for i in numbers if i >= 0)
+            if view is not None and layer.is_ring:
+                assert {*view.words[row][view.is_token[row]].tolist()} <= {tokens[i].word for i in numbers if i >= 0}
 
     def lowered(self, query_length: int) -> contextlib.AbstractContextManager[Any]:
         is_rebased = self.stream.is_rebased
@@ -238,6 +259,9 @@ class Branch:
                 assert layer.keys.shape[2] == stream.window_length
                 assert not layer.keys.requires_grad
                 assert not layer.values.requires_grad
+                indices = cache.token_indices(i)
+                self.check_columns(kind, indices, layer.keys, layer.values)
+                assert (indices >= 0).sum(dim=1).tolist() == [len(row.held) for row in stream.rows]
         offsets = inside.position_offsets(cache)
         expected = stream.offsets() if stream.is_initialized else [0] * len(stream.rows)
         assert offsets * (len(expected) // len(offsets)) == expected
@@ -452,6 +476,20 @@ class SinkCacheMachine(RuleBasedStateMachine):
         else:
             change()
             self.stream.compact() if compact else self.stream.rebase()
+
+    # --- other buffers
+
+    @precondition(lambda self: self.stream.is_initialized)
+    @rule(as_attributes=st.booleans(), data=st.data())
+    def move_away_and_back(self, as_attributes: bool, data: Any) -> None:
+        """Move all states to a wider dtype and back, as to another device; or some by hand, and not back."""
+        if not as_attributes:
+            assert self.cache.to(dtype=torch.float64).to(self.stream.dtype) is self.cache
+            return
+        for layer in inside.sink_layers(self.cache):
+            for name in data.draw(st.sets(st.sampled_from(["keys", "values"])), label="replaced"):
+                if layer.is_initialized:
+                    setattr(layer, name, getattr(layer, name).to(torch.float64, copy=True))
 
     # --- copies
 

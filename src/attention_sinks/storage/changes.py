@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..compat import LinearAttentionLayer
+from ..fields import Device
 from .layers import SinkLayer
 from .mixed import select_linear_rows
 from .plan import UpdatePlan
@@ -62,6 +63,44 @@ def stop_recording(stream: Stream) -> None:
                 if stream.first.get_seq_length() > 0:
                     layer.crop(0)  # cuts what was recorded
                 layer.record_past = False
+
+
+def move(stream: Stream, device: Device | int, dtype: torch.dtype | None) -> None:
+    """Move all states to another device or dtype, see `SinkCache.to`."""
+    with stream.changing(ValueError), torch.inference_mode(False):
+        sink_layers = list(stream.sink_layers())
+        layers = [*sink_layers, *(layer for layer in stream.layers if not isinstance(layer, SinkLayer))]
+        filled = [layer for layer in sink_layers if layer.is_initialized]
+        # Sinks and recurrent states are float32 beside those of half precision.
+        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        try:  # all of them, before any is put in place: a device may have no room
+            device = None if device is None else torch.empty(0, device=device).device
+            moved = [
+                {name: _moved(x, device, wide if name == "recurrent_states" else dtype) for name, x in each.items()}
+                for each in map(vars, layers)
+            ]
+            sinks = [_moved(None if layer.rotation is None else layer.sinks, device, wide) for layer in filled]
+        except (TypeError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"`device` and `dtype` must be at hand, got {device} and {dtype}: {error}") from error
+        for layer, states in zip(layers, moved, strict=True):
+            vars(layer).update(states)
+        stream.groups.clear()
+        for layer, each in zip(filled, sinks, strict=True):
+            layer.join_group(each)
+        for layer in layers:
+            for each in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+                stream.policy.mark_static(*each.values())
+
+
+def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Return an attribute of a layer with its tensors, and what it says of them, on a device or in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, torch.device | torch.dtype):
+        return (device if isinstance(value, torch.device) else dtype) or value
+    if type(value) is tuple:
+        return tuple(_moved(each, device, dtype) for each in value)
+    return {key: _moved(each, device, dtype) for key, each in value.items()} if type(value) is dict else value
 
 
 def select_rows(stream: Stream, name: str, argument: Any, index: Tensor) -> None:

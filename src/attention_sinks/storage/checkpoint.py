@@ -193,6 +193,8 @@ def stream_state(stream: Stream) -> dict[str, Any]:
         RuntimeError: if a forward pass was interrupted half-way, or runs now.
     """
     stream.check()
+    for layer in stream.sink_layers():
+        layer.bring_back()
     spec, seen = stream.spec, stream.first.get_seq_length()
     state = {
         "config": config_state(spec.config),
@@ -240,7 +242,6 @@ def restore_stream(stream: Stream, state: dict[str, Any], device: Device) -> Non
             restore_layer(layer, saved, device)
             for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
                 stream.policy.mark_static(*states.values())
-        stream.groups.set_offset(state["position_offset"])
         stream.update_compiled_count()
     if state["process"] not in (None, process_of_heads(stream.spec.config, stream.first)):
         rank, processes = state["process"]

@@ -1,6 +1,7 @@
 """What is refused before anything is stored: states of another form, chunks that hide the sinks, ends of positions."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -60,7 +61,7 @@ def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states:
         if states.dtype != slots.dtype or states.device != slots.device:
             raise ValueError(
                 f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
-                f"{states.device}. Call `reset()`, or use a new cache, to change them."
+                f"{states.device}. Move the cache with `to({str(states.device)!r}, {states.dtype})`, or call `reset()`."
             )
 
 
@@ -133,6 +134,40 @@ def refuse_empty(seen: int) -> NoReturn:
         f"`input_ids` must bring new tokens, got none after {seen}. `generate` takes a text as long as its "
         "`attention_mask` for the whole text, and drops as many tokens as were seen: do not cut it. Or give new tokens "
         "alone, with an `attention_mask` for all that were seen and the new ones."
+    )
+
+
+def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[[Tensor], Tensor] | None) -> None:
+    """Check what a caller puts in the place of the slots of a layer: a copy of them, elsewhere or in another dtype.
+
+    Args:
+        name: the attribute.
+        slots, new: what the layer has, and what it gets.
+        sinks_of: returns what lies in the slots of the sinks, if these are kept a second time.
+    """
+    if not isinstance(new, Tensor) or new.shape != slots.shape or not new.is_floating_point():
+        got = f"{[*new.shape]} in {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
+        raise ValueError(
+            f"`{name}` of a layer must keep the shape {[*slots.shape]} and a floating dtype, got {got}. To change rows "
+            "or tokens, call `batch_select_indices`, `reorder_cache`, `crop` or `reset` of the cache."
+        )
+    if sinks_of is None or slots.is_meta or new.is_meta:
+        return
+    sinks = sinks_of(slots)
+    rounding = ROUNDING * float(sinks.abs().max())
+    if not torch.allclose(sinks_of(new).to(sinks), sinks, rtol=0, atol=rounding, equal_nan=True):
+        raise ValueError(
+            f"`{name}` of a layer must keep the sinks, of which the cache has copies as they were fed: others would be "
+            "lost. To change rows, call `batch_select_indices` or `reorder_cache` of the cache."
+        )
+
+
+def layer_of_another_model(layers: Sequence[object], layer_idx: int) -> ValueError:
+    """Return the error for the states of a layer that a cache does not have."""
+    there = f"layer {layer_idx} is a {type(layers[layer_idx]).__name__}" if layer_idx < len(layers) else "there is none"
+    return ValueError(
+        f"`layer_idx` cannot be {layer_idx}: {there} among the {len(layers)} layers of the `config` that the cache was "
+        "made with. Make the cache with the config of this model, `SinkCache(model.config)`."
     )
 
 

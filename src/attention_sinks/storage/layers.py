@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..fields import Device, NoneType, check_slots, checked, copied, placed
 from ..rope import Rotation
-from .checks import check_agreement, check_states
+from .checks import check_agreement, check_replacement, check_states
 from .groups import Plan, SinkGroup, SinkGroups
 from .layout import Layout, Once, compute, write_slots
 from .plan import UpdatePlan, WindowedPlan, num_evicted_after
@@ -41,15 +41,16 @@ class SinkLayer(CacheLayerMixin):
         groups: the groups of the cache.
 
     Attributes:
-        keys, values: `[batch_size, num_heads, W, head_dim]`; None before the first update.
+        keys, values: `[batch_size, num_heads, W, head_dim]`; None before the first update. A caller may replace them by
+            copies of themselves, elsewhere or in another dtype, as `offload` does: the next update brings them back.
         group: the group that holds the pristine sinks; None before the first update.
         seen: number of tokens that are stored, or were. Compiled steps count in `SinkGroup.count`.
         num_evicted: number of evicted tokens that a `crop` does not bring back.
         pending: the last states while the past is recorded: the next call stores them.
     """
 
-    keys: Tensor
-    values: Tensor
+    _keys: Tensor = None  # type: ignore[assignment]
+    _values: Tensor = None  # type: ignore[assignment]
     group: SinkGroup
     is_sliding = False
 
@@ -67,7 +68,9 @@ class SinkLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
-        self.keys = self.values = self.group = None  # type: ignore[assignment]
+        self._keys = self._values = self.group = None  # type: ignore[assignment]
+        # The dtypes of keys and values, while they are replaced.
+        self._dtypes: tuple[torch.dtype, torch.dtype] | None = None
         self._sinks_index = 0
         self.is_initialized = False
         self.seen = self.num_evicted = 0
@@ -75,14 +78,59 @@ class SinkLayer(CacheLayerMixin):
         self.pending: tuple[Tensor, Tensor] | None = None
 
     @property
+    def keys(self) -> Tensor:
+        """The slots of the keys."""
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._note_replaced("keys", self._keys, keys)
+        self._keys = keys
+
+    @property
+    def values(self) -> Tensor:
+        """The slots of the values."""
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._note_replaced("values", self._values, values)
+        self._values = values
+
+    def _note_replaced(self, name: str, slots: Tensor | None, new: Tensor | None) -> None:
+        """Check what a caller puts in the place of keys or values, and note that it may lie elsewhere.
+
+        Raises:
+            ValueError: if it has another shape, or other sinks.
+        """
+        if slots is None or new is None:  # no states
+            return
+        holds_sinks = self._moves_sinks and slots is self.rotating(self._keys, self._values)
+        check_replacement(name, slots, new, self.groups.layout.sinks if holds_sinks else None)
+        if self._dtypes is None:
+            self._dtypes = self._keys.dtype, self._values.dtype
+
+    def bring_back(self) -> None:
+        """Copy keys and values that a caller has replaced to the device and the dtype of those before them."""
+        if self._dtypes is not None:
+            # Copies: they may share memory with other tensors, or be those of inference mode.
+            with torch.inference_mode(False):
+                pairs = zip((self._keys, self._values), self._dtypes, strict=True)
+                self._keys, self._values = (
+                    slots.detach().to(self.group.device, dtype, copy=True) for slots, dtype in pairs
+                )
+            self.groups.policy.mark_static(self._keys, self._values)
+            self._dtypes = None
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the keys."""
-        return None if self.keys is None else self.keys.dtype
+        return None if self.group is None else self.group.dtype
 
     @property
     def device(self) -> torch.device | None:
-        """Where the states lie."""
-        return None if self.keys is None else self.keys.device
+        """Where new states are stored."""
+        return None if self.group is None else self.group.device
 
     @property
     def sinks(self) -> Tensor:
@@ -97,7 +145,7 @@ class SinkLayer(CacheLayerMixin):
     @property
     def takes_static_steps(self) -> bool:
         """True if a single token can be taken in the static form now."""
-        return self.keys is not None and not self.record_past and self.pending is None and not self.groups.has_gap
+        return self._keys is not None and not self.record_past and self.pending is None and not self.groups.has_gap
 
     @property
     def known_length(self) -> int:
@@ -135,20 +183,21 @@ class SinkLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Outside of inference mode, whose tensors could not be written to later.
         with torch.inference_mode(False):
-            self.keys = _empty_slots(key_states, self.window_length)
-            self.values = _empty_slots(value_states, self.window_length)
-            sinks = self.rotating(self.keys, self.values)[:, :, : self.num_sink_tokens]
+            self._keys = _empty_slots(key_states, self.window_length)
+            self._values = _empty_slots(value_states, self.window_length)
+            sinks = self.rotating(self._keys, self._values)[:, :, : self.num_sink_tokens]
             # Half-precision states are rotated in float32 and rounded once, in their slots.
-            self._join_group(sinks.to(torch.promote_types(sinks.dtype, torch.float32), copy=True))
+            sinks = sinks.to(torch.promote_types(sinks.dtype, torch.float32), copy=True)
+            self.join_group(None if self.rotation is None else sinks)
         self.is_initialized = True
 
-    def _join_group(self, sinks: Tensor) -> None:
-        """Rotate the sinks together with those of other layers from now on."""
-        self.group = self.groups.join(self.rotation, self.keys, sinks.shape)
-        if self.rotation is not None:
+    def join_group(self, sinks: Tensor | None) -> None:
+        """Rotate the sinks, as they were fed, together with those of other layers; None if they carry no position."""
+        self.group = self.groups.join(self.rotation, self._keys, None if sinks is None else sinks.shape)
+        if sinks is not None:
             self._sinks_index = self.group.add(sinks)
             self.groups.policy.mark_static(sinks)
-        self.groups.policy.mark_static(self.keys, self.values)
+        self.groups.policy.mark_static(self._keys, self._values)
 
     def rotating(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Return those of the two that carry the position."""
@@ -159,24 +208,26 @@ class SinkLayer(CacheLayerMixin):
         if not self.is_initialized:
             check_agreement(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
-        check_states(self.keys, self.values, key_states, value_states)
+        if self._dtypes is not None:
+            self.bring_back()
+        check_states(self._keys, self._values, key_states, value_states)
         if isinstance(plan, StaticPlan):
             return self._overwrite_oldest(key_states, value_states, plan)
-        if isinstance(plan, WindowedPlan):
-            return self._append_windowed(key_states, value_states, plan)
         if plan.overwrites and not self.record_past:
             returned = self._overwrite_oldest(key_states, value_states, plan)
             self.seen += 1
             return returned
+        if isinstance(plan, WindowedPlan):
+            return self._append_windowed(key_states, value_states, plan)
         return self._append(key_states, value_states, plan)
 
     def _overwrite_oldest(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Write one token over the oldest recent one, or into an empty slot; return the slots as they lie."""
-        keys, values = self.keys, self.values
+        keys, values = self._keys, self._values
         if torch.is_grad_enabled():
             # A backward pass must not read what later tokens are written over. Gradients flow through new states only.
             keys, values = keys.clone(), values.clone()
-            self._write_token(self.keys, self.values, key_states.detach(), value_states.detach(), plan)
+            self._write_token(self._keys, self._values, key_states.detach(), value_states.detach(), plan)
         self._write_token(keys, values, key_states, value_states, plan)
         return keys, values
 
@@ -274,6 +325,7 @@ class SinkLayer(CacheLayerMixin):
     def flush_pending(self, layout: Layout, once: Once = compute) -> None:
         """Store what is pending."""
         if self.pending is not None:
+            self.bring_back()
             key_states, value_states = self.pending
             self.pending = None
             if key_states.shape[2] > 0:
@@ -343,8 +395,8 @@ class SinkLayer(CacheLayerMixin):
             def selected(states: Tensor) -> Tensor:
                 return replaced(states, states.index_select(0, index.to(states.device)))
 
-            self.keys, self.values = selected(self.keys), selected(self.values)
-            self.groups.policy.mark_static(self.keys, self.values)
+            self._keys, self._values = selected(self._keys), selected(self._values)
+            self.groups.policy.mark_static(self._keys, self._values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError(_ROWS)
@@ -363,7 +415,7 @@ class SinkLayer(CacheLayerMixin):
         """Return what a file holds of this layer; tensors are copied to the CPU."""
         sinks = self.sinks if self.is_initialized and self.rotation is not None else None
         state = {name: getattr(self, name) for name in _ATTRIBUTES}
-        return copied({**state, "sinks": sinks, "device": self.keys.device if self.is_initialized else None})  # type: ignore[no-any-return]
+        return copied({**state, "sinks": sinks, "device": self.group.device if self.is_initialized else None})  # type: ignore[no-any-return]
 
     def restore(self, state: dict[str, Any], device: Device) -> None:
         """Take on a state; a `device` takes the place of the one it was saved from.
@@ -377,8 +429,7 @@ class SinkLayer(CacheLayerMixin):
         for name in _ATTRIBUTES:
             setattr(self, name, placed(state[name], state["device"], device))
         if self.is_initialized:
-            sinks = state["sinks"] if self.rotation is not None else self.keys[:, :, : self.num_sink_tokens]
-            self._join_group(placed(sinks, state["device"], device))
+            self.join_group(None if self.rotation is None else placed(state["sinks"], state["device"], device))
 
 
 def _empty_slots(states: Tensor, window_length: int) -> Tensor:

@@ -96,6 +96,17 @@ class UpdatePlan:
         memo[key] = computed = function(*arguments)
         return computed
 
+    def token_indices(self, device: torch.device) -> Tensor:
+        """Return in which column of all that was fed the token of each returned key stands, -1 for no token.
+
+        The shape is `[1 or batch_size, kv_length]`.
+        """
+        layout = self.layout
+        if self.overwrites:
+            return layout.columns_of(layout.tokens_in_slots(self.end, self.evicted, device))
+        kept = layout.kept_tokens(self.start, self.evicted, device)
+        return layout.columns_of(torch.cat([kept, layout.tokens_between(self.start, self.end, device)], dim=1))
+
     def slot_mapping(self, device: torch.device) -> Tensor:
         """Return the slot of the single new token, `[1]`, or `[batch_size, 1]` with left padding."""
         return self.once(("slot", device), self.layout.token_slot, self.start, device)
@@ -144,6 +155,7 @@ class WindowedPlan(UpdatePlan):
         coordinates: Coordinates | None = None,
     ) -> None:
         super().__init__(layout, start, query_length, num_evicted, rebased=True, coordinates=coordinates)
+        self.overwrites = False
         self.shares_buffers = shares_buffers
         self.num_recent = num_recent_in_window(layout, start)
         self.kv_length = query_length * layout.num_sink_tokens + self.num_recent + query_length
@@ -159,6 +171,14 @@ class WindowedPlan(UpdatePlan):
         evicted = torch.arange(first, first + self.query_length, device=device).clamp(min=0)
         positions = self.layout.positions
         return positions.shift(evicted.view(1, 1, -1, 1, 1), positions.offset, device)
+
+    def token_indices(self, device: torch.device) -> Tensor:
+        layout, first = self.layout, self.start - self.num_recent
+        others = layout.tokens_between(first, self.end, device)
+        sinks = torch.arange(layout.num_sink_tokens, device=device).repeat(self.query_length).expand(len(others), -1)
+        # A row may have fewer tokens than sinks.
+        sinks = torch.where(sinks <= others[:, -1:], sinks, -1)
+        return layout.columns_of(torch.cat([sinks, others], dim=1))
 
     def visible(self, device: torch.device) -> Callable[..., Any]:
         """Return which keys a query sees, as a mask function of `transformers`."""

@@ -18,6 +18,7 @@ from .checks import (
     check_rebased,
     check_states,
     check_window,
+    layer_of_another_model,
     num_repeats,
     refuse_empty,
     warn_of_coarse_positions,
@@ -57,10 +58,14 @@ class Stream:
         self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
+        self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
         self._first_rotating_idx = spec.first_rotating_layer
-        self.first_attention_idx = next(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
+        self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
+        self.first_attention_idx = min(self.attention_indices)
         self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
+        # Layers of cross-attention to an image: a pass updates all of them, or none.
+        self._image_layers = [self.layers[i] for i in self.attention_indices.difference(spec.text_layers)]
         self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
@@ -79,7 +84,7 @@ class Stream:
         self.layout: Layout = layout_of(self.spec.window_length, self.spec.num_sink_tokens, positions)
         self._static = StaticPlan(self.layout, is_sliding=self.spec.sliding_window < torch.inf)
         self._static.set(self.last.seen)
-        self.groups.set_offset(positions.offset)
+        self.groups.set_layout(self.layout)
         # The plan of the current pass, from the first question for its mask until its last layer is updated.
         self._plan: Plan | None = None
 
@@ -130,7 +135,7 @@ class Stream:
 
     def _is_static_step(self, layer: SinkLayer) -> bool:
         """Return True if a layer takes the next single token in the static form."""
-        return self.coordinates is None and layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
+        return self.coordinates is None and layer.takes_static_steps and self.policy.expects_static(layer.group.device)
 
     def _new_plan(
         self,
@@ -254,6 +259,7 @@ class Stream:
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
         if layer.pending is not None:
+            layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
@@ -299,7 +305,7 @@ class Stream:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
         first = self.first
         if first.is_initialized:
-            stored, dtype = first.keys.shape[0], first.keys.dtype
+            stored, dtype = first.keys.shape[0], first.group.dtype
             if key_states.shape[0] != stored or key_states.dtype != dtype:
                 raise ValueError(
                     f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
@@ -328,6 +334,8 @@ class Stream:
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
+        if layer_idx >= self.num_layers:
+            raise layer_of_another_model(self.layers, layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
         return self._guard.run((name, layer_idx, state_idx), self._damage, change, *args, **kw)
@@ -338,6 +346,8 @@ class Stream:
         self.sync()
         with self._guard.changing(self._damage, *refusals):
             self._plan = None
+            for layer in self.sink_layers():
+                layer.bring_back()
             yield
             self.update_compiled_count()
 
@@ -361,6 +371,8 @@ class Stream:
             layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
             for layer in self._counting_layers
         }
+        if len({layer.get_seq_length() for layer in self._image_layers}) > 1:
+            return "before the last layer that attends to an image"
         # Some layers share the indexer of another; their own one is never initialized.
         lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
         if len(lengths) > 1:
