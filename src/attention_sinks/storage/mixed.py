@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from ..architecture.spec import CacheSpec
+from ..compat import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from ..fields import Device, NoneType, checked, copied, placed
 from ..rope import Rotation
 from .groups import Plan, SinkGroups
@@ -183,3 +184,18 @@ def restore_linear(layer: Any, state: Any, device: Device) -> None:
     for name in fields:
         setattr(layer, name, placed(state[name], saved_on, device))
     layer.device = saved_on if device is None or saved_on is None else torch.device(device)
+
+
+def build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
+    """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
+    layers: list[Any] = list(spec.layers)
+    window = spec.window_length, spec.num_sink_tokens
+    for i in spec.sink_layers:
+        rotation = spec.positions.rotations[i]
+        if isinstance(layers[i], LinearAttentionLayer):
+            layers[i] = HybridSinkLayer(*window, rotation, groups, number_of_states=layers[i].number_of_states)
+        elif isinstance(layers[i], DynamicIndexedLayer):
+            layers[i] = IndexedSinkLayer(*window, rotation, groups, spec.positions.indexers.get(i))
+        else:
+            layers[i] = SinkLayer(*window, rotation, groups)
+    return layers

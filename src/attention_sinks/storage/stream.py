@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..architecture.spec import CacheSpec
-from ..compat import DynamicIndexedLayer, LinearAttentionLayer, PassWatch
+from ..compat import LinearAttentionLayer, PassWatch
 from .checks import (
     ACCURATE_POSITIONS,
     COARSE_POSITION,
@@ -28,7 +28,7 @@ from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
 from .layout import Layout, layout_of
-from .mixed import HybridSinkLayer, IndexedSinkLayer
+from .mixed import IndexedSinkLayer, build_layers
 from .plan import UpdatePlan, WindowedPlan
 from .positions import TokenPositions
 from .static import CompilePolicy, StaticPlan
@@ -54,7 +54,7 @@ class Stream:
         self.watch = PassWatch()
         self.policy = CompilePolicy(spec.supports_static)
         self.groups = SinkGroups(self.policy)
-        self.layers = _build_layers(spec, self.groups)
+        self.layers = build_layers(spec, self.groups)
         self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
@@ -442,18 +442,3 @@ class Stream:
                 layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
             layer.reset()
         self.restart(positions or TokenPositions())
-
-
-def _build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
-    """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
-    layers: list[Any] = list(spec.layers)
-    window = spec.window_length, spec.num_sink_tokens
-    for i in spec.sink_layers:
-        rotation = spec.positions.rotations[i]
-        if isinstance(layers[i], LinearAttentionLayer):
-            layers[i] = HybridSinkLayer(*window, rotation, groups, number_of_states=layers[i].number_of_states)
-        elif isinstance(layers[i], DynamicIndexedLayer):
-            layers[i] = IndexedSinkLayer(*window, rotation, groups, spec.positions.indexers.get(i))
-        else:
-            layers[i] = SinkLayer(*window, rotation, groups)
-    return layers
