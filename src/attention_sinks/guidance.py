@@ -63,7 +63,10 @@ def _announce_negative_prompt(view: Any, second: SinkCache, num_rows: int, ids: 
     if mask is not None:
         if ids is None or not isinstance(mask, Tensor) or mask.shape != ids.shape:
             raise ValueError("`negative_prompt_attention_mask` must have the shape of `negative_prompt_ids`.")
-        second.announce_padding(mask)
+        try:
+            second.announce_padding(mask)
+        except ValueError as error:
+            raise ValueError(f"`negative_prompt_attention_mask`: {error}") from None
     if ids is not None:
         with second.announced(ids.shape[1]):  # refused now if it is too long for the model
             pass
