@@ -296,15 +296,16 @@ class SinkSession:
 
     def _check_readable(self, tokens: list[int]) -> None:
         """Check that the model can read what is unread, and `tokens` after it."""
-        inner = unwrapped(self.model)
+        inner, transcript = unwrapped(self.model), self._transcript
         check_model(inner, self.cache)
+        unread = [*transcript.ids[transcript.num_read :], *tokens]
         known = getattr(inner.get_input_embeddings(), "num_embeddings", math.inf)
-        if max(tokens, default=0) >= known:
+        if max(unread, default=0) >= known:
             raise ValueError(
                 f"`tokenizer` must be that of the model, whose embeddings are for {known} tokens: it gives the token "
-                f"{max(tokens)}."
+                f"{max(unread)}."
             )
-        self._transcript.check_room(len(tokens))
+        transcript.check_room(len(unread))
 
     def _prepare(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
         """Complete the arguments of an answer to `tokens`, and check them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .cache import SinkCache
-from .storage.fields import NoneType
+from .fields import NoneType
 
 # What is saved of a transcript, and of which types.
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -63,17 +63,17 @@ class Transcript:
         """How many of `ids` the cache has read."""
         return self.cache.get_seq_length()
 
-    def check_room(self, num_new: int) -> None:
-        """Check that what is unread, and `num_new` tokens after it, can be read.
+    def check_room(self, num_unread: int) -> None:
+        """Check that the model can read so many tokens.
 
         Raises:
-            ValueError: if the positions of the model end before, and cannot be rebased.
+            ValueError: if its positions end before, and cannot be rebased.
         """
-        left, unread = self.cache.positions_left(self.num_read), len(self.ids) - self.num_read + num_new
-        if unread > left and not self.cache.can_rebase:
+        left = self.cache.positions_left(self.num_read)
+        if num_unread > left and not self.cache.can_rebase:
             raise ValueError(
-                f"A text must have at most {left} tokens now, got {unread}: the positions of this model end, or change "
-                f"their meaning, at {self.cache.position_limit}. Start a new stream with `reset()`."
+                f"A text must have at most {left} tokens now, got {num_unread}: the positions of this model end, or "
+                f"change their meaning, at {self.cache.position_limit}. Start a new stream with `reset()`."
             )
 
     @contextlib.contextmanager
