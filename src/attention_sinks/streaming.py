@@ -69,6 +69,15 @@ class Worker:
         self._iterator = weakref.ref(iterator)
         return iterator
 
+    def clear(self) -> None:
+        """Close the open iterator, if there is one, before the next one.
+
+        Raises:
+            RuntimeError: see `end`; or if the interpreter is shutting down.
+        """
+        self.end()
+        _check_running()
+
     def end(self) -> None:
         """Close the open iterator, if there is one.
 
@@ -127,10 +136,7 @@ class Worker:
             thread = _Thread()
             try:
                 _threads.add(thread)  # before the question, since `_end_threads` ends those that it finds
-                if _exiting:
-                    raise RuntimeError(
-                        "The interpreter is shutting down: a session can be saved, but generates no more."
-                    )
+                _check_running()
                 thread.start()
             except BaseException:
                 _threads.discard(thread)
@@ -188,6 +194,11 @@ def _end_threads() -> None:
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # it starts only now, and finds that it shall end
             _uninterrupted(thread.join)
+
+
+def _check_running() -> None:
+    if _exiting:
+        raise RuntimeError("The interpreter is shutting down: a session can be saved, but generates no more.")
 
 
 def _uninterrupted(wait: Callable[[], object]) -> None:
