@@ -75,14 +75,7 @@ class SinkSession:
     ) -> None:
         config, template = _check_parts(model, tokenizer, system)
         if system is not None and keep_system_prompt:
-            kept = len(encode(tokenizer, template.before_message(first=True), first=True))
-            num_sink_tokens = max(num_sink_tokens, kept)
-            if num_sink_tokens >= window_length:
-                raise ValueError(
-                    f"`system` must fit the window: it has {kept} tokens with its template, and "
-                    f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger "
-                    "window, or let it be forgotten with keep_system_prompt=False."
-                )
+            num_sink_tokens = max(num_sink_tokens, _length_of_system(tokenizer, template, window_length))
         self._bind(model, tokenizer, template, Transcript(SinkCache(config, window_length, num_sink_tokens)))
         self._check_readable([])
 
@@ -158,12 +151,7 @@ class SinkSession:
         # In a model that accelerate placed, each layer of the cache goes where it was, otherwise to the model's device.
         device = None if getattr(inner, "hf_device_map", None) else inner.device
         transcript = Transcript.from_state(state, config, device)
-        for name, ours in (("model", fingerprint(inner)), ("tokenizer", vocabulary(tokenizer))):
-            if state[name] != ours:
-                what = "the weights" if name == "model" else "the vocabulary"
-                raise ValueError(
-                    f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same."
-                )
+        _check_owner(state, path, model=fingerprint(inner), tokenizer=vocabulary(tokenizer))
         session = cls.__new__(cls)
         session._bind(model, tokenizer, template, transcript)
         session._check_readable([])
@@ -395,6 +383,25 @@ class SinkSession:
         device = unwrapped(self.model).device
         # The weights of an offloaded model are on no device; accelerate moves inputs to where they are needed.
         return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
+
+
+def _check_owner(state: dict[str, Any], path: str | os.PathLike[str], **ours: str) -> None:
+    """Check that a saved session is of this model and this tokenizer."""
+    for name, what in (("model", "the weights"), ("tokenizer", "the vocabulary")):
+        if state[name] != ours[name]:
+            raise ValueError(f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same.")
+
+
+def _length_of_system(tokenizer: Any, template: ChatTemplate, window_length: int) -> int:
+    """Return the number of tokens of the system prompt, which must fit the window."""
+    length = len(encode(tokenizer, template.before_message(first=True), first=True))
+    if length >= window_length:
+        raise ValueError(
+            f"`system` must fit the window: it has {length} tokens with its template, and "
+            f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger window, or "
+            "let it be forgotten with keep_system_prompt=False."
+        )
+    return length
 
 
 def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, ChatTemplate]:
