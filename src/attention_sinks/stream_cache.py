@@ -9,6 +9,7 @@ from transformers import Cache
 from .architecture.spec import check_int
 from .fields import Device
 from .storage import changes
+from .storage.checks import layer_of_another_model
 from .storage.mixed import IndexedSinkLayer
 from .storage.stream import Stream
 
@@ -48,6 +49,10 @@ class StreamCache(Cache):
         stream = self._stream
         if layer_idx in stream.sink_indices:
             return stream.update(layer_idx, key_states, value_states)
+        if layer_idx not in stream.attention_indices:
+            if stream.first.get_seq_length() == key_states.shape[2]:  # the first pass, of which the others took all
+                stream.reset()
+            raise layer_of_another_model(self.layers, layer_idx)
         layer = self.layers[layer_idx]
         stream.check_like_sink_layers(layer, key_states)
         return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -60,6 +65,8 @@ class StreamCache(Cache):
                 that crosses the last position at which the model behaves as at the start.
         """
         stream = self._stream
+        if layer_idx >= len(self.layers):
+            raise layer_of_another_model(self.layers, layer_idx)
         if layer_idx == 0:  # the default of transformers, which may be a layer without attention
             layer_idx = stream.first_attention_idx
         layer = self.layers[layer_idx]
@@ -84,11 +91,11 @@ class StreamCache(Cache):
         return self._stream.expects_static_step
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        layer, stream = self.layers[layer_idx], self._stream
-        part = "update_indexer", layer_idx, 0
+        stream, part = self._stream, ("update_indexer", layer_idx, 0)
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if isinstance(layer, IndexedSinkLayer):
             return stream.run(*part, stream.update_indexer, layer, indexer_key_states)  # type: ignore[no-any-return]
-        return stream.run(*part, layer.update_indexer, indexer_key_states)  # type: ignore[no-any-return]
+        return stream.run(*part, super().update_indexer, indexer_key_states, layer_idx)  # type: ignore[no-any-return]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state of a convolution.
@@ -154,9 +161,14 @@ class StreamCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices`."""
-        indices = torch.as_tensor(indices)
+        indices, rows = torch.as_tensor(indices), changes.row_index(self._stream)
+        if len(rows) == 0:  # nothing was fed
+            return
         with self._stream.changing(IndexError):
-            index = changes.row_index(self._stream)[indices.cpu()]
+            try:
+                index = rows[indices.cpu()]
+            except IndexError as error:
+                raise IndexError(f"`indices` must be of the {len(rows)} rows that the cache holds: {error}.") from error
             changes.select_rows(self._stream, "batch_select_indices", indices, index)
 
     def crop(self, tokens_to_remove: int) -> None:

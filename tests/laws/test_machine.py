@@ -84,8 +84,9 @@ class Branch:
                 continue
             keys, values, indexed = returned[i]
             assert keys.shape[2] == values.shape[2] == kv_length
-            weights = torch.empty(len(keys), 1, query_length, kv_length)
-            self.check_columns(layer, cache.token_indices(i, weights, prefilled=windowed), keys, values, views[-1])
+            if not windowed or query_length > 1 or stream.is_padded:  # as `sink_prefill` reads
+                weights = torch.empty(len(keys), 1, query_length, kv_length)
+                self.check_columns(layer, cache.token_indices(i, weights, prefilled=windowed), keys, values, views[-1])
             if mode == "grad" and layer.is_ring:
                 assert keys.requires_grad
                 assert values.requires_grad

@@ -1,7 +1,7 @@
 """What is refused before anything is stored: states of another form, chunks that hide the sinks, ends of positions."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +87,15 @@ def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[
             f"`{name}` of a layer must keep the sinks, of which the cache has copies as they were fed: others would be "
             "lost. To change rows, call `batch_select_indices` or `reorder_cache` of the cache."
         )
+
+
+def layer_of_another_model(layers: Sequence[object], layer_idx: int) -> ValueError:
+    """Return the error for the states of a layer that a cache does not have."""
+    there = f"layer {layer_idx} is a {type(layers[layer_idx]).__name__}" if layer_idx < len(layers) else "there is none"
+    return ValueError(
+        f"`layer_idx` cannot be {layer_idx}: {there} among the {len(layers)} layers of the `config` that the cache was "
+        "made with. Make the cache with the config of this model, `SinkCache(model.config)`."
+    )
 
 
 def check_window(plan: UpdatePlan, sliding_window: float) -> None:

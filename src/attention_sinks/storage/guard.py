@@ -18,7 +18,8 @@ class PassGuard:
     """Follows each forward pass through the layers of a cache.
 
     Args:
-        last_layer: index of the last layer that a pass reaches.
+        last_layer: index of the last layer that every pass reaches. Layers after it are those of some passes: the
+            cross-attention to an image, which a pass without an image leaves alone.
     """
 
     def __init__(self, last_layer: int) -> None:
@@ -89,8 +90,12 @@ class PassGuard:
         """
         if self._is_changing:
             what: str | None = "while the states of a layer were changed"
-        elif self._layer_reached != self.last_layer:
-            what = f"between layer {self._layer_reached} and layer {self.last_layer}"
+        elif self._layer_reached < self.last_layer:
+            reached, last = self._layer_reached, self.last_layer
+            what = (
+                f"between layer {reached} and layer {last}, or the model has no layer {last} and needs a cache that is "
+                "made with its own config, `SinkCache(model.config)`"
+            )
         else:
             what = damage(self._parts_done)
         if what is not None:

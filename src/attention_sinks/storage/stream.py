@@ -17,6 +17,7 @@ from .checks import (
     check_rebased,
     check_states,
     check_window,
+    layer_of_another_model,
     warn_of_coarse_positions,
 )
 from .groups import Plan, SinkGroups
@@ -52,9 +53,13 @@ class Stream:
         self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
+        self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
-        self.first_attention_idx = next(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
+        self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
+        self.first_attention_idx = min(self.attention_indices)
         self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
+        # Layers of cross-attention to an image: a pass updates all of them, or none.
+        self._image_layers = [self.layers[i] for i in self.attention_indices.difference(spec.text_layers)]
         self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
@@ -290,6 +295,8 @@ class Stream:
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
+        if layer_idx >= self.num_layers:
+            raise layer_of_another_model(self.layers, layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
         return self._guard.run((name, layer_idx, state_idx), self._damage, change, *args, **kw)
@@ -325,6 +332,8 @@ class Stream:
             layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
             for layer in self._counting_layers
         }
+        if len({layer.get_seq_length() for layer in self._image_layers}) > 1:
+            return "before the last layer that attends to an image"
         # Some layers share the indexer of another; their own one is never initialized.
         lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
         if len(lengths) > 1:
