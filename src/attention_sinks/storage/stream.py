@@ -1,7 +1,7 @@
 """The stream of a cache: its layers, the plan of the current forward pass, and what is checked once per pass."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .checks import (
     refuse_empty,
     warn_of_coarse_positions,
 )
+from .damage import DamageFinder
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
@@ -61,10 +62,7 @@ class Stream:
         self._first_rotating_idx = spec.first_rotating_layer
         self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self.first_attention_idx = min(self.attention_indices)
-        self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
-        # Layers of cross-attention to an image: a pass updates all of them, or none.
-        self._image_layers = [self.layers[i] for i in self.attention_indices.difference(spec.text_layers)]
-        self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
+        self._damage = DamageFinder(self.layers, spec.text_layers)
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
 
@@ -322,25 +320,6 @@ class Stream:
         """
         self.sync()
         self._guard.check(self._damage)
-
-    def _damage(self, parts: Iterable[tuple[str, int, int]]) -> str | None:
-        """Return which layers do not belong together any more, or None."""
-        last = self.spec.text_layers[-1]
-        if isinstance(self.layers[last], LinearAttentionLayer):
-            with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
-            if with_recurrent_state and last not in with_recurrent_state:
-                return f"in layer {last}"
-        lengths = {
-            layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
-            for layer in self._counting_layers
-        }
-        if len({layer.get_seq_length() for layer in self._image_layers}) > 1:
-            return "before the last layer that attends to an image"
-        # Some layers share the indexer of another; their own one is never initialized.
-        lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
-        if len(lengths) > 1:
-            return f"between two layers: they have seen {' and '.join(map(str, sorted(lengths)))} tokens"
-        return None
 
     # --- the end of the positions
 
