@@ -65,7 +65,7 @@ class StreamCache(Cache):
         if layer_idx in stream.sink_indices:
             return stream.update(layer_idx, key_states, value_states)
         layer = self.layers[layer_idx]
-        stream.check_like_sink_layers(layer, key_states)
+        stream.check_like_sink_layers(layer_idx, key_states, value_states)
         return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
