@@ -13,6 +13,7 @@ from ..compat import DynamicIndexedLayer, LinearAttentionLayer, PassWatch
 from .checks import (
     ACCURATE_POSITIONS,
     COARSE_POSITION,
+    check_batch,
     check_limit,
     check_no_pads,
     check_rebased,
@@ -59,7 +60,6 @@ class Stream:
         self.last: SinkLayer = self.layers[self._last_idx]
         self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
-        self._first_rotating_idx = spec.first_rotating_layer
         self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self.first_attention_idx = min(self.attention_indices)
         self._damage = DamageFinder(self.layers, spec.text_layers)
@@ -191,8 +191,8 @@ class Stream:
         """Check, before a layer takes new tokens, that what is known of padding holds for them; return their plan."""
         layer, positions, is_first = self.layers[layer_idx], self.layout.positions, plan.start == 0
         # Who announced the pass knows the padding. Tokens that may be taken back belong to a single row.
-        is_known = plan.rebased or self.policy.is_compiling or (layer.record_past and not is_first)
-        may_be_pads = layer_idx == self._first_rotating_idx and not is_known
+        is_known = plan.rebased or self.policy.is_compiling or (self.first.record_past and not is_first)
+        may_be_pads = layer_idx == self.spec.positions.first_rotating_layer and not is_known
         if may_be_pads and layer.is_initialized:
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
@@ -201,8 +201,11 @@ class Stream:
                 plan = self._plan = self._new_plan(self.first, 0, plan.query_length, rebased, all_slots)
             if may_be_pads:
                 check_no_pads(self.layout.positions, plan.start, key_states, value_states)
-        except ValueError:
-            if is_first and layer_idx != self.spec.text_layers[0]:  # layers before this one took the prompt already
+        except ValueError as error:
+            # Layers before this one, or a convolution beside it, took the tokens already.
+            if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
+                if not is_first:
+                    raise ValueError(f"{error} Start a new stream with `reset()`.") from error
                 self.reset(positions)
             raise
         return plan
@@ -262,18 +265,17 @@ class Stream:
         """True outside of a compiled model if compiled steps have counted tokens that Python does not know of."""
         return not self.policy.is_compiling and self.groups.is_stale
 
-    def check_like_sink_layers(self, layer: Any, key_states: Tensor) -> None:
+    def check_like_sink_layers(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
-        first = self.first
+        first, layer, query_length = self.first, self.layers[layer_idx], key_states.shape[2]
         if first.is_initialized:
-            stored, dtype = first.keys.shape[0], first.group.dtype
-            if key_states.shape[0] != stored or key_states.dtype != dtype:
-                raise ValueError(
-                    f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
-                    f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
-                )
+            check_batch(first.keys.shape[0], first.group.dtype, key_states)
         if not self.policy.is_compiling:
-            self.check_limit(layer.get_seq_length(), key_states.shape[2])
+            self.check_limit(layer.get_seq_length(), query_length)
+            if layer_idx == self.spec.positions.first_rotating_layer and query_length > 1:
+                plan = self._plan if layer_idx > self._first_idx else self.plan_for(first, query_length)
+                if isinstance(plan, UpdatePlan):
+                    self._check_padding(plan, layer_idx, key_states, value_states)
 
     def mask_sizes(self, query_length: int, layer: SinkLayer) -> tuple[Any, Any]:
         """Return the number of keys and the position of the first one, see `SinkCache.get_mask_sizes`."""
