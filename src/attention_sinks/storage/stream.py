@@ -194,6 +194,8 @@ class Stream:
         is_known = plan.rebased or self.policy.is_compiling or (self.first.record_past and not is_first)
         may_be_pads = layer_idx == self.spec.positions.first_rotating_layer and not is_known
         if may_be_pads and layer.is_initialized:
+            if isinstance(layer, SinkLayer):
+                layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
             if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
