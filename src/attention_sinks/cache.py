@@ -44,7 +44,8 @@ class SinkCache(StreamCache):
         num_sink_tokens: the number of first tokens that are never evicted; `0` is plain window attention.
         rotation: the rotation of the cached keys, for models that cannot be measured, such as those with code of their
             own (`trust_remote_code`). It is not checked.
-        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left.
+        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left, or
+            of ones to say that they are not.
 
     Layers with a sliding window of at most `window_length`, and layers without attention, are those of `DynamicCache`.
 

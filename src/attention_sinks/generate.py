@@ -93,8 +93,7 @@ def sink_generate(
     if ids is not None and not_text(generate_kwargs) is None:
         check_vocabulary("input_ids", ids, inner)
     chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
-    # The model's own settings may ask for another cache, or for chunks that show each token more than its window.
-    generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
+    _overrule(settings, generate_kwargs)
     if embeds is not None:
         attention_mask = mask_of_embeds(cache, embeds, attention_mask)
     with _padding_announced(cache, None if is_started else attention_mask):
@@ -139,6 +138,18 @@ def _padding_announced(cache: SinkCache, attention_mask: Tensor | None) -> Itera
         raise
 
 
+def _overrule(settings: GenerationSettings, generate_kwargs: dict[str, Any]) -> None:
+    """Overrule settings that ask for no cache, for another one, or for chunks that show a token more than its window.
+
+    `generate` does not like arguments beside a `generation_config`.
+    """
+    if settings["use_cache"] is False:
+        generate_kwargs["use_cache"] = True
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if settings[name] is not None:
+            generate_kwargs[name] = None
+
+
 def _generate(view: Any, input_ids: Tensor | None, cache: SinkCache, generate_kwargs: dict[str, Any]) -> Any:
     """Call `generate`. The prompt goes by its name: some models take something else first."""
     name = "inputs" if "inputs" in inspect.signature(view.generate).parameters else "input_ids"
@@ -148,7 +159,7 @@ def _generate(view: Any, input_ids: Tensor | None, cache: SinkCache, generate_kw
 def _check_call(
     model: Any, cache: Any, prefill_chunk_size: Any, settings: GenerationSettings, generate_kwargs: dict[str, Any]
 ) -> None:
-    """Check all arguments that can be checked without a cache; sets `use_cache`."""
+    """Check all arguments that can be checked without a cache."""
     generates = isinstance(model, GenerationMixin)
     if not generates:
         raise TypeError(f"`model` must be a transformers model that can generate, got {model.__class__.__name__}.")
@@ -157,7 +168,7 @@ def _check_call(
             f"`cache` must be a SinkCache, got {cache.__class__.__name__}. Leave it out to start a new stream, or call "
             "`model.generate` for other caches."
         )
-    if generate_kwargs.setdefault("use_cache", True) is not True:
+    if generate_kwargs.get("use_cache", True) is not True:
         raise ValueError(
             f"`use_cache` must be True, got {generate_kwargs['use_cache']!r}: the window is a property of the cache."
         )
@@ -348,7 +359,7 @@ def check_arguments(model: Any, input_ids: Tensor | None, cache: SinkCache, gene
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         raise _PreparedError
 
-    # Nothing is streamed, and what the model's own settings ask for is overruled, as it will be.
-    arguments = {**generate_kwargs, "streamer": None, "cache_implementation": None, "prefill_chunk_size": None}
+    arguments = {**generate_kwargs, "streamer": None}
+    _overrule(GenerationSettings(model, generate_kwargs), arguments)
     with contextlib.suppress(_PreparedError), cache.watch.watching():
         _generate(view_of(model, prepared), input_ids, cache, arguments)

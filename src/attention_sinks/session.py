@@ -190,7 +190,7 @@ class SinkSession:
             TypeError, ValueError: if `text` is not a string, or is empty.
         """
         _check_text("text", text)
-        self._worker.end()
+        self._worker.clear()
         transcript, before, bos = self._transcript, "", []
         is_first = not transcript.ids
         if self._template.exists and transcript.turn != "user":
@@ -235,7 +235,7 @@ class SinkSession:
             TypeError, ValueError: naming the argument and its value, before anything is read.
         """
         _check_text("message", message)
-        self._worker.end()
+        self._worker.clear()
         transcript, is_first = self._transcript, not self._transcript.ids
         if transcript.turn == "user":  # after `feed`
             text = "\n\n" + message + self._template.after_message(is_first)
@@ -259,7 +259,7 @@ class SinkSession:
         Raises:
             TypeError, ValueError: naming the argument and its value; if there is nothing to continue.
         """
-        self._worker.end()
+        self._worker.clear()
         transcript = self._transcript
         if not transcript.ids:
             raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")

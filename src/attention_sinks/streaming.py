@@ -69,6 +69,15 @@ class Worker:
         self._iterator = weakref.ref(iterator)
         return iterator
 
+    def clear(self) -> None:
+        """Close the open iterator, if there is one, before the next one.
+
+        Raises:
+            RuntimeError: see `end`; or if the interpreter is shutting down.
+        """
+        self.end()
+        _check_running()
+
     def end(self) -> None:
         """Close the open iterator, if there is one.
 
@@ -127,10 +136,7 @@ class Worker:
             thread = _Thread()
             try:
                 _threads.add(thread)  # before the question, since `_end_threads` ends those that it finds
-                if _exiting:
-                    raise RuntimeError(
-                        "The interpreter is shutting down: a session can be saved, but generates no more."
-                    )
+                _check_running()
                 thread.start()
             except BaseException:
                 _threads.discard(thread)
@@ -188,6 +194,11 @@ def _end_threads() -> None:
     for thread in threads:
         with contextlib.suppress(RuntimeError):  # it starts only now, and finds that it shall end
             _uninterrupted(thread.join)
+
+
+def _check_running() -> None:
+    if _exiting:
+        raise RuntimeError("The interpreter is shutting down: a session can be saved, but generates no more.")
 
 
 def _uninterrupted(wait: Callable[[], object]) -> None:
@@ -306,9 +317,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(before)
-        self._num_emitted = len(self._ids)  # how many of them are part of an earlier piece
+        self._num_told = len(self._ids)  # how many of them are part of an earlier piece
         self._last_piece = 0  # where the tokens of the last piece with a text begin
-        self._emitted = self._decode(self._ids)
+        self._told = self._decode(self._ids)
 
     def push(self, tokens: list[int]) -> str:
         """Return the text that is certain after these tokens; the rest of a character may still be missing."""
@@ -324,20 +335,20 @@ class Detokenizer:
 
     def _next_piece(self, final: bool) -> str:
         text = self._decode(self._ids)
-        num_new = len(self._ids) - self._num_emitted
+        num_new = len(self._ids) - self._num_told
         complete = not text.endswith("\N{REPLACEMENT CHARACTER}") or num_new > _LONGEST_CHARACTER
         if not (complete or final):
             return ""
-        piece = text[len(self._emitted) :]
+        piece = text[len(self._told) :]
         if piece:
-            self._last_piece = self._num_emitted
-        self._emitted, self._num_emitted = text, len(self._ids)
+            self._last_piece = self._num_told
+        self._told, self._num_told = text, len(self._ids)
         # The last tokens with a text stay: they tell whether a space precedes the next one.
-        first = self._last_piece if len(self._ids) - self._last_piece <= _REMEMBERED else self._num_emitted
+        first = self._last_piece if len(self._ids) - self._last_piece <= _REMEMBERED else self._num_told
         if len(self._ids) > _DECODED and first > 0:
             self._ids = self._ids[first:]
-            self._num_emitted, self._last_piece = len(self._ids), 0
-            self._emitted = self._decode(self._ids)
+            self._num_told, self._last_piece = len(self._ids), 0
+            self._told = self._decode(self._ids)
         return piece
 
     def _decode(self, tokens: list[int]) -> str:

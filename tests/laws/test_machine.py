@@ -552,7 +552,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     @rule()
     def refuse_pads_that_nobody_announced(self) -> None:
         """Two equal rotating states at the start can only be padding; earlier layers have stored them already."""
-        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.is_ring and layer.rotates]
+        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.rotates]
         if rotating:
             words = torch.tensor([[PAD, PAD, 5]] * len(self.stream.rows))
             with torch.no_grad():

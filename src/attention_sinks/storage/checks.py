@@ -71,6 +71,15 @@ def _heads(states: Tensor) -> tuple[int, int, int]:
     return batch_size, num_heads, head_dim
 
 
+def check_batch(stored: int, dtype: torch.dtype, key_states: Tensor) -> None:
+    """Check that new keys belong to the batch of `stored` rows that other layers hold, and are of its dtype."""
+    if key_states.shape[0] != stored or key_states.dtype != dtype:
+        raise ValueError(
+            f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape {[*key_states.shape]} "
+            f"in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
+        )
+
+
 def check_no_pads(positions: TokenPositions, start: int, key_states: Tensor, value_states: Tensor) -> None:
     """Check that there are no pads among new tokens but those that are known.
 

@@ -1,7 +1,7 @@
 """The stream of a cache: its layers, the plan of the current forward pass, and what is checked once per pass."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..compat import LinearAttentionLayer, PassWatch
 from .checks import (
     ACCURATE_POSITIONS,
     COARSE_POSITION,
+    check_batch,
     check_limit,
     check_no_pads,
     check_rebased,
@@ -24,6 +25,7 @@ from .checks import (
     warn_of_coarse_positions,
 )
 from .coordinates import Coordinates
+from .damage import DamageFinder
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
@@ -60,13 +62,9 @@ class Stream:
         self.last: SinkLayer = self.layers[self._last_idx]
         self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
-        self._first_rotating_idx = spec.first_rotating_layer
         self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self.first_attention_idx = min(self.attention_indices)
-        self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
-        # Layers of cross-attention to an image: a pass updates all of them, or none.
-        self._image_layers = [self.layers[i] for i in self.attention_indices.difference(spec.text_layers)]
-        self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
+        self._damage = DamageFinder(self.layers, spec.text_layers)
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
 
@@ -228,9 +226,11 @@ class Stream:
         """Check, before a layer takes new tokens, that what is known of padding holds for them; return their plan."""
         layer, positions, is_first = self.layers[layer_idx], self.layout.positions, plan.start == 0
         # Who announced the pass knows the padding. Tokens that may be taken back belong to a single row.
-        is_known = plan.rebased or self.policy.is_compiling or (layer.record_past and not is_first)
-        may_be_pads = layer_idx == self._first_rotating_idx and not is_known
+        is_known = plan.rebased or self.policy.is_compiling or (self.first.record_past and not is_first)
+        may_be_pads = layer_idx == self.spec.positions.first_rotating_layer and not is_known
         if may_be_pads and layer.is_initialized:
+            if isinstance(layer, SinkLayer):
+                layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
             if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
@@ -239,8 +239,11 @@ class Stream:
                 self._plan = plan
             if may_be_pads:
                 check_no_pads(self.layout.positions, plan.start, key_states, value_states)
-        except ValueError:
-            if is_first and layer_idx != self.spec.text_layers[0]:  # layers before this one took the prompt already
+        except ValueError as error:
+            # Layers before this one, or a convolution beside it, took the tokens already.
+            if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
+                if not is_first:
+                    raise ValueError(f"{error} Start a new stream with `reset()`.") from error
                 self.reset(positions)
             raise
         return plan
@@ -301,18 +304,17 @@ class Stream:
         """True outside of a compiled model if compiled steps have counted tokens that Python does not know of."""
         return not self.policy.is_compiling and self.groups.is_stale
 
-    def check_like_sink_layers(self, layer: Any, key_states: Tensor) -> None:
+    def check_like_sink_layers(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
-        first = self.first
+        first, layer, query_length = self.first, self.layers[layer_idx], key_states.shape[2]
         if first.is_initialized:
-            stored, dtype = first.keys.shape[0], first.group.dtype
-            if key_states.shape[0] != stored or key_states.dtype != dtype:
-                raise ValueError(
-                    f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
-                    f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
-                )
+            check_batch(first.keys.shape[0], first.group.dtype, key_states)
         if not self.policy.is_compiling:
-            self.check_limit(layer.get_seq_length(), key_states.shape[2])
+            self.check_limit(layer.get_seq_length(), query_length)
+            if layer_idx == self.spec.positions.first_rotating_layer and query_length > 1:
+                plan = self._plan if layer_idx > self._first_idx else self.plan_for(first, query_length)
+                if isinstance(plan, UpdatePlan):
+                    self._check_padding(plan, layer_idx, key_states, value_states)
 
     def mask_sizes(self, query_length: int, layer: SinkLayer) -> tuple[Any, Any]:
         """Return the number of keys and the position of the first one, see `SinkCache.get_mask_sizes`."""
@@ -359,25 +361,6 @@ class Stream:
         """
         self.sync()
         self._guard.check(self._damage)
-
-    def _damage(self, parts: Iterable[tuple[str, int, int]]) -> str | None:
-        """Return which layers do not belong together any more, or None."""
-        last = self.spec.text_layers[-1]
-        if isinstance(self.layers[last], LinearAttentionLayer):
-            with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
-            if with_recurrent_state and last not in with_recurrent_state:
-                return f"in layer {last}"
-        lengths = {
-            layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
-            for layer in self._counting_layers
-        }
-        if len({layer.get_seq_length() for layer in self._image_layers}) > 1:
-            return "before the last layer that attends to an image"
-        # Some layers share the indexer of another; their own one is never initialized.
-        lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
-        if len(lengths) > 1:
-            return f"between two layers: they have seen {' and '.join(map(str, sorted(lengths)))} tokens"
-        return None
 
     # --- the end of the positions
 
