@@ -159,7 +159,10 @@ class SinkCache(StreamCache):
 
     def text_positions(self, like: Tensor) -> Tensor:
         """Return the positions of text that follows, as the model needs them, shaped `[rows, n]` like `like`."""
-        return self._stream.text_positions(like)
+        seen, coordinates, positions = self.get_seq_length(), self.coordinates, self.token_positions
+        if coordinates is not None:
+            return coordinates.before(seen).text(like.shape[1]).to(like.device)
+        return positions.position_ids(positions.true_positions(seen, like))
 
     @property
     def position_offsets(self) -> int | Tensor:
@@ -212,7 +215,7 @@ class SinkCache(StreamCache):
         No key is rounded by that more than once in its life, since two windows lie in between, unless positions end
         before that.
         """
-        if self._stream.needs_rebase(query_length):
+        if changes.needs_rebase(self._stream, query_length):
             self.rebase()
 
     def announce_padding(self, attention_mask: Tensor) -> None:

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..compat import LinearAttentionLayer
 from ..fields import Device
+from .checks import ACCURATE_POSITIONS
 from .layers import SinkLayer
 from .mixed import select_linear_rows
 from .plan import UpdatePlan
@@ -127,11 +128,19 @@ def row_index(stream: Stream) -> Tensor:
     return torch.arange(stream.layout.positions.num_rows or num_stored)
 
 
+def needs_rebase(stream: Stream, query_length: int) -> bool:
+    """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
+    left, limit = stream.positions_left(), stream.spec.positions.limit
+    accurate = max(ACCURATE_POSITIONS, 2 * stream.spec.window_length)
+    return stream.spec.can_rebase and (query_length > left or limit - left >= accurate)
+
+
 def rebase(stream: Stream) -> int:
     """Lower the positions of all kept tokens by the number of evicted ones, and return it, see `SinkCache.rebase`."""
     num_evicted = stream.first.evicted_after(stream.first.get_seq_length())
     coordinates, positions = stream.coordinates, stream.layout.positions
-    shift = stream.shift(num_evicted, torch.device("cpu"))
+    now = UpdatePlan(stream.layout, stream.first.known_length, 0, num_evicted, coordinates=coordinates)
+    shift = now.shift(torch.device("cpu"))
     for layer in stream.sink_layers():
         layer.rebase(shift, stream.layout)
     if coordinates is None:

@@ -107,3 +107,23 @@ class Coordinates:
         index = index.cpu()
         low, following, end_of_sinks = self.low[index], self.following[index], self.end_of_sinks[index]
         return Coordinates(low, following, end_of_sinks, self.end)
+
+
+def coordinates_after(
+    known: Coordinates | None, layout: Layout, seen: int, query_length: int, positions: Tensor | None
+) -> Coordinates | None:
+    """Return the coordinates after a forward pass, or None if all tokens of the stream are counted as text.
+
+    Args:
+        known: those before it, or None if all were text so far.
+        layout, seen, query_length: of the pass.
+        positions: of the new tokens, see `Coordinates.followed_by`, or None for text.
+    """
+    if known is None:
+        if positions is None:
+            return None
+        known = Coordinates.of_text(layout, seen, positions.shape[1])
+    known = known.before(seen)
+    if positions is None:
+        positions = known.text(query_length + 1)[None]
+    return known.followed_by(layout, positions)

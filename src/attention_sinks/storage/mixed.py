@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from ..architecture.spec import CacheSpec
 from ..compat import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
@@ -199,3 +200,15 @@ def build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
         else:
             layers[i] = SinkLayer(*window, rotation, groups)
     return layers
+
+
+def drop_states(layer: Any) -> None:
+    """Drop the states of a layer of any kind, also those that its own `reset` would keep."""
+    if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
+        LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+    # Dropped before they would be zeroed: states of inference mode cannot be, outside of it. A layer without
+    # sinks would go on recording.
+    if isinstance(layer, DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
+    layer.reset()

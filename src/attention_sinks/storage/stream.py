@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..architecture.spec import CacheSpec
 from ..compat import LinearAttentionLayer, PassWatch
 from .checks import (
-    ACCURATE_POSITIONS,
     COARSE_POSITION,
     check_batch,
     check_limit,
@@ -24,13 +23,13 @@ from .checks import (
     refuse_empty,
     warn_of_coarse_positions,
 )
-from .coordinates import Coordinates
+from .coordinates import Coordinates, coordinates_after
 from .damage import DamageFinder
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
 from .layout import Layout, layout_of
-from .mixed import IndexedSinkLayer, build_layers
+from .mixed import IndexedSinkLayer, build_layers, drop_states
 from .plan import UpdatePlan, WindowedPlan
 from .positions import TokenPositions
 from .static import CompilePolicy, StaticPlan
@@ -60,7 +59,6 @@ class Stream:
         self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
-        self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
         self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self.first_attention_idx = min(self.attention_indices)
@@ -127,7 +125,10 @@ class Stream:
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            rebased, coordinates = rebased or all_slots, self._coordinates_after(seen, query_length, positions)
+            rebased, coordinates = (
+                rebased or all_slots,
+                coordinates_after(self.coordinates, self.layout, seen, query_length, positions),
+            )
             plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, coordinates)
         return plan
 
@@ -151,18 +152,6 @@ class Stream:
         check_window(plan, self.spec.sliding_window)
         return plan
 
-    def _coordinates_after(self, seen: int, query_length: int, positions: Tensor | None) -> Coordinates | None:
-        """Return the coordinates after the new tokens, or None if all tokens of the stream are counted as text."""
-        known = self.coordinates
-        if known is None:
-            if positions is None:
-                return None
-            known = Coordinates.of_text(self.layout, seen, positions.shape[1])
-        known = known.before(seen)
-        if positions is None:
-            positions = known.text(query_length + 1)[None]
-        return known.followed_by(self.layout, positions)
-
     def announce(self, query_length: int, windowed: bool, positions: Tensor | None = None) -> Plan:
         """Return the plan of the coming pass, whose positions the caller takes from the cache.
 
@@ -180,7 +169,7 @@ class Stream:
         self.check_limit(seen, query_length)
         # The mask of the plan takes the place of the model's, whose sliding window therefore hides nothing.
         separate = self.spec.has_separate_layers
-        coordinates = self._coordinates_after(seen, query_length, positions)
+        coordinates = coordinates_after(self.coordinates, self.layout, seen, query_length, positions)
         self._plan = WindowedPlan(self.layout, seen, query_length, evicted, separate, coordinates)
         return self._plan
 
@@ -234,9 +223,8 @@ class Stream:
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
             if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
-                query_length, rebased, all_slots = plan.query_length, plan.rebased, plan.all_slots
-                plan = self._new_plan(self.first, 0, query_length, rebased, all_slots, plan.coordinates)
-                self._plan = plan
+                arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
+                plan = self._plan = self._new_plan(self.first, 0, *arguments)
             if may_be_pads:
                 check_no_pads(self.layout.positions, plan.start, key_states, value_states)
         except ValueError as error:
@@ -328,15 +316,14 @@ class Stream:
     @property
     def expects_static_step(self) -> bool:
         """True if the next single token gets all slots."""
-        if self.first.is_initialized:
-            return self._is_static_step(self.first)
-        return self.policy.expects_static(None)
+        is_known = self.first.is_initialized
+        return self._is_static_step(self.first) if is_known else self.policy.expects_static(None)
 
     # --- a pass is whole, or the next call says so
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
-        if layer_idx >= self.num_layers:
+        if layer_idx >= len(self.layers):
             raise layer_of_another_model(self.layers, layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
@@ -354,11 +341,7 @@ class Stream:
             self.update_compiled_count()
 
     def check(self) -> None:
-        """Check that no pass and no change was interrupted.
-
-        Raises:
-            RuntimeError: if one was, or runs now.
-        """
+        """Check that no pass and no change was interrupted or runs now; a RuntimeError says so."""
         self.sync()
         self._guard.check(self._damage)
 
@@ -385,24 +368,6 @@ class Stream:
             self._warned_of_coarse_positions = True
             warn_of_coarse_positions(limit - left, self.spec.can_rebase)
 
-    def text_positions(self, like: Tensor) -> Tensor:
-        """Return the positions of text that follows, shaped `[rows, n]` like `like`."""
-        seen = self.first.get_seq_length()
-        if self.coordinates is not None:
-            return self.coordinates.before(seen).text(like.shape[1]).to(like.device)
-        return self.layout.positions.position_ids(self.layout.positions.true_positions(seen, like))
-
-    def shift(self, num_evicted: int, device: torch.device) -> Any:
-        """Return by how many positions the sinks are rotated now, after `num_evicted` evictions."""
-        now = UpdatePlan(self.layout, self.first.known_length, 0, num_evicted, coordinates=self.coordinates)
-        return now.shift(device)
-
-    def needs_rebase(self, query_length: int) -> bool:
-        """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
-        left = self.positions_left()
-        accurate = max(ACCURATE_POSITIONS, 2 * self.spec.window_length)
-        return self.spec.can_rebase and (query_length > left or self.spec.positions.limit - left >= accurate)
-
     def _check_static_step(self, rebased: bool, compiling: bool) -> None:
         """Check a step that will be compiled, as far as that is possible without waiting for the device."""
         check_rebased(self.layout.positions, self.coordinates, rebased)
@@ -416,12 +381,5 @@ class Stream:
         """Drop the states of all layers and begin a new stream, whose rows are not padded if no `positions` say so."""
         self._guard.begin_reset()
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
-                LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
-            # Dropped before they would be zeroed: states of inference mode cannot be, outside of it. A layer without
-            # sinks would go on recording.
-            if isinstance(layer, DynamicLayer):
-                layer.keys = layer.values = None
-                layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
-            layer.reset()
+            drop_states(layer)
         self.restart(positions or TokenPositions())
