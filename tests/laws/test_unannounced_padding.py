@@ -356,6 +356,16 @@ def test_a_refused_call_leaves_what_the_cache_was_told() -> None:
     check_refused(model, ids, untold)
 
 
+def test_a_prompt_shorter_than_the_mask_that_was_told_is_refused() -> None:
+    model = llama()
+    ids, mask = batch_of(rows_of(4, 10))
+    for told in (mask, torch.ones_like(mask)):
+        cache = SinkCache(model.config, W, S, attention_mask=told)
+        with pytest.raises(ValueError, match="of 10 tokens or more, got 9"):
+            generated(model, ids[:, 1:], cache=cache, **PAD_IS_EOS)
+        generated(model, torch.cat([ids, ids[1:].repeat(2, 1)], 1), cache=cache, **PAD_IS_EOS)
+
+
 def test_prefill_refuses_pads_of_which_the_cache_was_not_told() -> None:
     model = llama()
     ids, mask = batch_of(rows_of(14, 20))

@@ -217,12 +217,14 @@ class Stream:
         # Who announced the pass knows the padding. Tokens that may be taken back belong to a single row.
         is_known = plan.rebased or self.policy.is_compiling or (self.first.record_past and not is_first)
         may_be_pads = layer_idx == self.spec.positions.first_rotating_layer and not is_known
-        if may_be_pads and layer.is_initialized:
-            if isinstance(layer, SinkLayer):
-                layer.bring_back()
+        may_repeat = is_first and layer_idx == self._first_idx
+        if not (may_be_pads or may_repeat):
+            return plan
+        if may_be_pads and isinstance(layer, SinkLayer) and layer.is_initialized:
+            layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
-            if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
+            if may_repeat and self._repeat_padding(key_states):
                 arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
                 plan = self._plan = self._new_plan(self.first, 0, *arguments)
             if may_be_pads:
