@@ -13,6 +13,7 @@ from attention_sinks import sink_generate as generate
 
 from ..support.grids import (
     GRID_MODELS,
+    STARTS_AT_TEXT,
     Recorder,
     coordinates,
     grid_model,
@@ -22,6 +23,7 @@ from ..support.grids import (
     prompt,
 )
 from ..support.models import CACHE
+from ..support.versions import RECORDS_PAST
 
 W, S = 16, 4
 sink_generate: Any = generate  # typed loosely, as `model.generate`
@@ -77,7 +79,7 @@ def test_below_the_window_images_are_bitwise_a_dynamic_cache(name: str, parts: t
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["only what is new", "the whole text"])
-@pytest.mark.parametrize("name", GRID_MODELS)
+@pytest.mark.parametrize("name", STARTS_AT_TEXT)
 def test_a_later_turn_may_bring_images(name: str, whole: bool) -> None:
     model, cache = grid_model(name), SinkCache(grid_model(name).config.text_config, W, S)
     first, second = prompt(5, picture(2, 2), 4), prompt(3, picture(2, 3), 6, seed=1)
@@ -180,6 +182,7 @@ def test_what_changes_a_stream_between_passes_keeps_its_positions(change: str, t
     assert (change in ("rebase", "compact")) != torch.equal(plain, changed)
 
 
+@pytest.mark.skipif(not RECORDS_PAST, reason="prompt lookup of early transformers 5 needs an end-of-sequence token")
 def test_candidates_of_prompt_lookup_are_taken_back() -> None:
     model, inputs = grid_model("qwen2_vl"), prompt(6, picture(2, 3), 5)
     window: dict[str, Any] = {"window_length": 34, "num_sink_tokens": S, "max_new_tokens": 16, "do_sample": False}

@@ -8,6 +8,8 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .versions import RECORDS_PAST
+
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 _PATCH = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3}
 _TEXT: dict[str, Any] = {
@@ -40,7 +42,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"num_position_embeddings": 64},
     ),
 }
-GRID_MODELS = [name for name, (model_class, *_) in _KINDS.items() if hasattr(transformers, model_class)]
+# Early transformers 5 has a cache class of its own for Qwen3.5.
+GRID_MODELS = [name for name in _KINDS if name != "qwen3_5" or RECORDS_PAST]
+# Early transformers 5 multiplies where an image of Qwen2.5-VL starts with the rate of its frames.
+STARTS_AT_TEXT = [name for name in GRID_MODELS if name != "qwen2_5_vl" or RECORDS_PAST]
 
 
 @cache
