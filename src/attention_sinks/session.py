@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Callable, Generator
 from typing import Any, NoReturn, Self
@@ -17,6 +16,7 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import DriftError
 from .fields import NoneType, checked
 from .generate import ASSISTED, check_arguments, sink_generate
+from .inputs import check_vocabulary
 from .models import unwrapped
 from .prefill import check_model, last_logits_only, sink_prefill
 from .prompt import GenerationSettings
@@ -46,7 +46,7 @@ class SinkSession:
     All forward passes run on one thread of the session. It starts with the first of them and ends with the session.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, also one that `torch.compile`, PEFT or data parallelism wraps.
         tokenizer: its tokenizer.
         window_length: the most tokens that the model sees.
         num_sink_tokens: how many of the first tokens are never evicted.
@@ -149,7 +149,8 @@ class SinkSession:
         config, template = _check_parts(model, tokenizer, state["system"])
         inner = unwrapped(model)
         # In a model that accelerate placed, each layer of the cache goes where it was, otherwise to the model's device.
-        device = None if getattr(inner, "hf_device_map", None) else inner.device
+        is_placed = getattr(inner, "hf_device_map", None) or inner.device.type == "meta"
+        device = None if is_placed else inner.device
         transcript = Transcript.from_state(state, config, device)
         _check_owner(state, path, model=fingerprint(inner), tokenizer=vocabulary(tokenizer))
         session = cls.__new__(cls)
@@ -287,12 +288,7 @@ class SinkSession:
         inner, transcript = unwrapped(self.model), self._transcript
         check_model(inner, self.cache)
         unread = [*transcript.ids[transcript.num_read :], *tokens]
-        known = getattr(inner.get_input_embeddings(), "num_embeddings", math.inf)
-        if max(unread, default=0) >= known:
-            raise ValueError(
-                f"`tokenizer` must be that of the model, whose embeddings are for {known} tokens: it gives the token "
-                f"{max(unread)}."
-            )
+        check_vocabulary("tokenizer(text)", torch.tensor([unread], dtype=torch.long), inner)
         transcript.check_room(len(unread))
 
     def _prepare(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """A session reads the tokens of its chat template, gives the logits of one stream, and does not grow."""
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
@@ -142,6 +144,63 @@ def test_a_session_works_with_a_model_whose_positions_cannot_be_rebased() -> Non
             "".join(session.chat("Tell me more.", max_new_tokens=20))
     assert session.tokens_seen == session.cache.get_seq_length() + 1 == len(read) + 1
     assert error_of(session, read) < 1e-4
+
+
+def adapted(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "k_proj"])
+    return peft.get_peft_model(model, config).eval()
+
+
+def offloaded(model: Any) -> Any:
+    return pytest.importorskip("accelerate").cpu_offload(copy.deepcopy(model), execution_device="cpu")
+
+
+OF_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.mark.parametrize("wrap", [pytest.param(adapted, marks=OF_PEFT), offloaded, torch.nn.DataParallel])
+def test_a_session_with_a_wrapped_model_is_that_of_what_it_wraps(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    plain = chat_model(num_hidden_layers=1)
+    wrapped = wrap(plain)
+    at_rest = dict(vars(wrapped)), dict(vars(plain))
+    sessions = [SinkSession(each, byte_tokenizer(), 24) for each in (plain, wrapped)]
+    for message in ("A message that is longer than the window.", "Hi"):
+        answers = ["".join(each.chat(message, max_new_tokens=4)) for each in sessions]
+        assert answers[0] == answers[1]
+    if wrap is not offloaded:  # whose values are not at hand
+        sessions[0].save(tmp_path / "chat")
+        sessions[0] = SinkSession.load(tmp_path / "chat", wrapped, byte_tokenizer())
+    sessions[1].save(tmp_path / "chat")
+    sessions[1] = SinkSession.load(tmp_path / "chat", wrapped, byte_tokenizer())
+    answers = ["".join(each.chat("And now?", max_new_tokens=4)) for each in sessions]
+    assert answers[0] == answers[1]
+    assert (vars(wrapped), vars(plain)) == at_rest
+    pickle.dumps(plain)
+
+
+@pytest.mark.usefixtures("_forget_what_was_compiled")
+def test_a_session_with_a_compiled_model_is_that_of_the_model_and_changes_neither() -> None:
+    plain = chat_model(num_hidden_layers=1)
+    compiled: Any = torch.compile(plain, backend="eager")
+    at_rest = dict(vars(compiled)), dict(vars(plain))
+    sessions = [SinkSession(each, byte_tokenizer(None), 24) for each in (plain, compiled)]
+    answers = []
+    for session in sessions:
+        session.feed("Once")
+        answers.append("".join(session.generate(max_new_tokens=3)))
+    assert answers[0] == answers[1]
+    assert (vars(compiled), vars(plain)) == at_rest
+    pickle.dumps(plain)
+
+
+@OF_PEFT
+def test_a_model_with_a_learned_prompt_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(NotImplementedError, match="learned prompt"):
+        SinkSession(peft.get_peft_model(chat_model(), config), byte_tokenizer())
 
 
 def test_a_fed_document_is_the_beginning_of_the_next_message(model: Any) -> None:

@@ -108,7 +108,9 @@ def test_tokens_without_embeddings_are_refused_before_anything_is_read(model: An
     session.feed("Once")
     before = state(session)
     for call in (session.feed, session.chat):
-        with pytest.raises(ValueError, match="`tokenizer` must be .* are for 259 tokens: it gives the token 259"):
+        with pytest.raises(
+            ValueError, match=r"`tokenizer\(text\)` must be from 0 to 258.* got 259. Use the tokenizer of the model"
+        ):
             call("Some tea? " * 20)
     assert state(session) == before
     session.feed("Some coffee?")
