@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from attention_sinks import SinkCache
+from attention_sinks import SinkCache, SinkSession, sink_prefill
 
 from ..support import inside
 from ..support.models import CACHE, LATER, build_config, build_model, random_ids, relative_error, tiny_model
 from ..support.streams import S, W, read
+from ..support.tokenizer import END, byte_tokenizer, chat_model
 
 FILES = (*inside.library_files(), cache_utils.__file__)
 RESTORING = inside.restoring_functions()
@@ -268,3 +269,43 @@ def test_the_next_forward_pass_notices_an_interrupted_one(failing_layer: int) ->
         cache.reset()
         model(ids, **{CACHE: cache})
     assert cache.kept_length == 8
+
+
+def leave(session: SinkSession) -> None:
+    answer = session.chat("Hello", suppress_tokens=[END])
+    next(answer)
+    answer.close()
+
+
+SESSION_CALLS: dict[str, Callable[[SinkSession], object]] = {
+    "feed": lambda session: session.feed("It was a cold day. " * 3),
+    "chat": lambda session: "".join(session.chat("Hello", max_new_tokens=30)),
+    "generate": lambda session: "".join(session.generate(max_new_tokens=30)),
+    "an answer that is left": leave,
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is dropped
+@pytest.mark.parametrize("call", SESSION_CALLS)
+def test_a_session_whose_reader_is_interrupted_at_any_line_goes_on(call: str) -> None:
+    """The lines of the reader alone: the thread where the forward passes run gets no Ctrl-C."""
+    model, tokenizer, read = chat_model(num_hidden_layers=1), byte_tokenizer(), list[int]()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    for at in itertools.count(1, 7):
+        session = SinkSession(model, tokenizer, 32)
+        read.clear()
+        "".join(session.chat("Hi", max_new_tokens=3))
+        with Interrupt(at) as interrupt:
+            SESSION_CALLS[call](session)
+        "".join(session.chat("And now?", max_new_tokens=10))
+        if interrupt.lines < at:
+            assert at > 50
+            return
+        ids = [*read, *inside.ids_of(session)[-1:]]
+        assert session.tokens_seen == len(ids), f"at {interrupt.where}"
+        expected: Any = list(sink_prefill(model, torch.tensor([ids]), SinkCache(model.config, 32)))[-1].logits
+        mine = model(input_ids=torch.tensor([ids[-1:]]), **{CACHE: session.cache}).logits
+        assert relative_error(mine, expected[:, -1:]) < 1e-4, f"at {interrupt.where}"
