@@ -127,15 +127,29 @@ class StreamCache(Cache):
         """`get_max_length` by its name in early transformers 5."""
         return self.get_max_length(layer_idx)
 
-    def to(self, device: Device | int | torch.dtype = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self,
+        device: Device | int | torch.dtype = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool | None = None,
+    ) -> Self:
         """Move all states to another device or dtype, in place, like `torch.nn.Module.to`; return the cache.
 
         Call it with a model that was moved, or to put a stream aside, as in `cache.to("cpu")`. What follows is the same
         as if the stream had begun there, but for what a narrower dtype rounds.
 
+        Args:
+            device: the new device; by default the states stay where they are.
+            dtype: the new dtype; by default it stays.
+            non_blocking: leave it out. `accelerate` passes it where it moves the inputs of a module in a forward pass:
+                a cache among these stays where its layers are.
+
         Raises:
             ValueError: if the device is not at hand or has no room, or the dtype is not floating. Nothing is changed.
         """
+        if non_blocking is not None:
+            return self
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if dtype is not None and not dtype.is_floating_point:

@@ -19,7 +19,7 @@ from attention_sinks import SinkCache, SinkSession
 
 from ..support.counting import Transfers
 from ..support.distributed import SHARED, STREAMS, prompt, streams
-from ..support.models import CACHE, build_config, build_model, relative_error
+from ..support.models import CACHE, build_config, build_model, random_ids, relative_error
 from ..support.streams import S, W
 from ..support.tokenizer import byte_tokenizer
 
@@ -45,6 +45,23 @@ def launched(command: list[str], processes: int) -> str:
                 launcher.send_signal(signal.SIGTERM)
     assert launcher.returncode == 0, (command, printed[-500:], errors[-3000:])
     return printed
+
+
+def test_a_cache_among_the_inputs_of_a_module_stays_where_its_layers_are() -> None:
+    """`accelerate` moves the inputs of a module that it has placed by their method `to`."""
+    accelerate: Any = pytest.importorskip("accelerate")
+    model = build_model(build_config("llama"))
+    ids = random_ids(40)
+    plain, other = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
+    chunks = ids.split([5, 20, 1, 1, 13], dim=1)
+    with torch.no_grad():
+        expected = [model(chunk, **{CACHE: plain}).logits for chunk in chunks]
+        offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+        for chunk, logits in zip(chunks, expected, strict=True):
+            assert torch.equal(offloaded(chunk, **{CACHE: other}).logits, logits)
+    sent = accelerate.utils.send_to_device({CACHE: other}, "meta")[CACHE]
+    assert sent is other
+    assert all(layer.keys.device.type == "cpu" for layer in other.layers)
 
 
 # --- processes that share a model
