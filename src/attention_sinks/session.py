@@ -21,7 +21,7 @@ from .models import unwrapped
 from .prefill import check_model, last_logits_only, sink_prefill
 from .prompt import GenerationSettings
 from .streaming import AnswerCriteria, Detokenizer, Emit, TokenStreamer, Worker, compile_permission
-from .template import ChatTemplate, encode
+from .template import ChatTemplate, encode, length_of_system
 from .transcript import FIELDS, Transcript, fingerprint, vocabulary
 
 # The arguments of `generate` that the session gives itself.
@@ -75,7 +75,7 @@ class SinkSession:
     ) -> None:
         config, template = _check_parts(model, tokenizer, system)
         if system is not None and keep_system_prompt:
-            num_sink_tokens = max(num_sink_tokens, _length_of_system(tokenizer, template, window_length))
+            num_sink_tokens = max(num_sink_tokens, length_of_system(tokenizer, template, window_length))
         self._bind(model, tokenizer, template, Transcript(SinkCache(config, window_length, num_sink_tokens)))
         self._check_readable([])
 
@@ -191,16 +191,8 @@ class SinkSession:
             TypeError, ValueError: if `text` is not a string, or is empty.
         """
         _check_text("text", text)
-        self._worker.clear()
-        transcript, before, bos = self._transcript, "", []
-        is_first = not transcript.ids
-        if self._template.exists and transcript.turn != "user":
-            before = self._template.before_message(is_first)
-        elif is_first and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
-            is_first, bos = False, [self.tokenizer.bos_token_id]
-        num_before = len(bos) + len(encode(self.tokenizer, before, is_first))
-        tokens = [*bos, *encode(self.tokenizer, before + text, is_first)]
-        self._check_readable(tokens)
+        tokens, num_before = self._worker.call(self._tokens_of_text, text)
+        transcript = self._transcript
         first = transcript.num_tokens - transcript.ended + num_before
         unread = len(transcript.ids) - transcript.ended + len(tokens) - 1 - transcript.num_read
 
@@ -236,17 +228,10 @@ class SinkSession:
             TypeError, ValueError: naming the argument and its value, before anything is read.
         """
         _check_text("message", message)
-        self._worker.clear()
-        transcript, is_first = self._transcript, not self._transcript.ids
-        if transcript.turn == "user":  # after `feed`
-            text = "\n\n" + message + self._template.after_message(is_first)
-        else:
-            text = self._template.turn(message, is_first)
-        tokens = encode(self.tokenizer, text, is_first)
-        self._prepare(tokens, generate_kwargs)
+        tokens = self._worker.call(self._tokens_of_message, message, generate_kwargs)
 
         def begin() -> Detokenizer:
-            transcript.append_turn("assistant", tokens)
+            self._transcript.append_turn("assistant", tokens)
             return Detokenizer(self.tokenizer)
 
         return self._pieces(generate_kwargs, begin)
@@ -260,20 +245,8 @@ class SinkSession:
         Raises:
             TypeError, ValueError: naming the argument and its value; if there is nothing to continue.
         """
-        self._worker.clear()
+        self._worker.call(self._prepare_to_continue, generate_kwargs)
         transcript = self._transcript
-        if not transcript.ids:
-            raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")
-        self._prepare([], generate_kwargs)
-        if len(transcript.ids) == transcript.num_read:
-            # An error ended the answer before the next token was chosen: the last one is read once more.
-            try:
-                self.cache.crop(-1)
-            except ValueError as error:
-                raise ValueError(
-                    "The answer cannot be continued: an error ended it after its last token was read, and this "
-                    f"{self.cache.config.model_type!r} model cannot take that back. `chat(message)` goes on from here."
-                ) from error
 
         def begin() -> Detokenizer:
             transcript.ended = False
@@ -281,7 +254,38 @@ class SinkSession:
 
         return self._pieces(generate_kwargs, begin)
 
-    # Before anything is read
+    # Before anything is read, on the worker's thread
+
+    def _tokens_of_text(self, text: str) -> tuple[list[int], int]:
+        """Return the tokens of a text that is fed, and how many of them stand before it."""
+        transcript, before, bos = self._transcript, "", []
+        is_first = not transcript.ids
+        if self._template.exists and transcript.turn != "user":
+            before = self._template.before_message(is_first)
+        elif is_first and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            is_first, bos = False, [self.tokenizer.bos_token_id]
+        num_before = len(bos) + len(encode(self.tokenizer, before, is_first))
+        tokens = [*bos, *encode(self.tokenizer, before + text, is_first)]
+        self._check_readable(tokens)
+        return tokens, num_before
+
+    def _tokens_of_message(self, message: str, generate_kwargs: dict[str, Any]) -> list[int]:
+        """Return the tokens of a message, up to the beginning of the answer."""
+        is_first = not self._transcript.ids
+        if self._transcript.turn == "user":  # after `feed`
+            text = "\n\n" + message + self._template.after_message(is_first)
+        else:
+            text = self._template.turn(message, is_first)
+        tokens = encode(self.tokenizer, text, is_first)
+        self._prepare(tokens, generate_kwargs)
+        return tokens
+
+    def _prepare_to_continue(self, generate_kwargs: dict[str, Any]) -> None:
+        """Let there be an unread token."""
+        if not self._transcript.ids:
+            raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")
+        self._prepare([], generate_kwargs)
+        self._transcript.take_back_last()
 
     def _check_readable(self, tokens: list[int]) -> None:
         """Check that the model can read what is unread, and `tokens` after it."""
@@ -386,18 +390,6 @@ def _check_owner(state: dict[str, Any], path: str | os.PathLike[str], **ours: st
     for name, what in (("model", "the weights"), ("tokenizer", "the vocabulary")):
         if state[name] != ours[name]:
             raise ValueError(f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same.")
-
-
-def _length_of_system(tokenizer: Any, template: ChatTemplate, window_length: int) -> int:
-    """Return the number of tokens of the system prompt, which must fit the window."""
-    length = len(encode(tokenizer, template.before_message(first=True), first=True))
-    if length >= window_length:
-        raise ValueError(
-            f"`system` must fit the window: it has {length} tokens with its template, and "
-            f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger window, or "
-            "let it be forgotten with keep_system_prompt=False."
-        )
-    return length
 
 
 def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, ChatTemplate]:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ _LONGEST_CHARACTER = 8
 
 # Hands an item to the reader. Returns False if the reader has left.
 Emit = Callable[[Any], bool]
+_T = TypeVar("_T")
 
 
 class Worker:
@@ -69,14 +70,20 @@ class Worker:
         self._iterator = weakref.ref(iterator)
         return iterator
 
-    def clear(self) -> None:
-        """Close the open iterator, if there is one, before the next one.
+    def call(self, function: Callable[..., _T], *args: Any) -> _T:
+        """Close the open iterator, if there is one, and return what a function returns on the thread.
+
+        The reader itself must not compute: if it is a daemon thread, the interpreter may end without waiting for it.
 
         Raises:
             RuntimeError: see `end`; or if the interpreter is shutting down.
         """
         self.end()
         _check_running()
+        returned: list[_T] = []
+        for _ in self.iterate(lambda emit: returned.append(function(*args))):
+            pass
+        return returned[0]
 
     def end(self) -> None:
         """Close the open iterator, if there is one.

@@ -108,3 +108,15 @@ def encode(tokenizer: Any, text: str, first: bool) -> list[int]:
     if not first and (joined := tokens_of("a" + text))[: len(before)] == before:
         return joined[len(before) :]
     return tokens_of(text)
+
+
+def length_of_system(tokenizer: Any, template: ChatTemplate, window_length: int) -> int:
+    """Return the number of tokens of the system prompt, which must fit the window."""
+    length = len(encode(tokenizer, template.before_message(first=True), first=True))
+    if length >= window_length:
+        raise ValueError(
+            f"`system` must fit the window: it has {length} tokens with its template, and "
+            f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger window, or "
+            "let it be forgotten with keep_system_prompt=False."
+        )
+    return length

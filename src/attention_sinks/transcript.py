@@ -95,6 +95,22 @@ class Transcript:
         self.ids.extend(tokens)
         self.turn = turn
 
+    def take_back_last(self) -> None:
+        """Let the last token be read once more, if an error ended the answer before the next one was chosen.
+
+        Raises:
+            ValueError: if the model cannot take back what it has read.
+        """
+        if len(self.ids) > self.num_read:
+            return
+        try:
+            self.cache.crop(-1)
+        except ValueError as error:
+            raise ValueError(
+                "The answer cannot be continued: an error ended it after its last token was read, and this "
+                f"{self.cache.config.model_type!r} model cannot take that back. `chat(message)` goes on from here."
+            ) from error
+
     def compact(self) -> None:
         """Compact the cache once all recent tokens were evicted once, so that each key is rounded at most once."""
         cache = self.cache
