@@ -1,7 +1,9 @@
 """A fork of a stream goes on bitwise as the stream would, and the two share nothing that changes."""
 
 import copy
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -48,12 +50,13 @@ def test_a_fork_of_padded_rows_goes_on_bitwise(steps: int) -> None:
         assert torch.equal(torch.stack(each.logits), torch.stack(more[0].logits))
 
 
-def test_a_fork_is_made_and_goes_on_in_any_mode_of_autograd() -> None:
+@pytest.mark.parametrize("lengths", [[3, 1], [20, 1]])
+def test_a_fork_is_made_and_goes_on_in_any_mode_of_autograd(lengths: list[int]) -> None:
     """Also of layers with a sliding window of their own, whose states autograd made."""
     model = tiny_model("sliding beside full")
     with torch.enable_grad():
         cache = SinkCache(model.config, W, S)
-        read_random(model, cache, [20, 1])
+        read_random(model, cache, lengths)
         in_grad = cache.fork()
     with torch.inference_mode():
         in_inference = cache.fork()
@@ -66,7 +69,7 @@ def test_a_fork_is_made_and_goes_on_in_any_mode_of_autograd() -> None:
 
 @torch.no_grad()
 def test_a_fork_takes_the_memory_of_the_window() -> None:
-    """Layers of transformers hold views of a whole prompt; a fork holds what they show."""
+    """Layers of transformers hold views of a whole prompt; a fork holds what they show, and not the first stream."""
     model = tiny_model("sliding beside full")
     cache = SinkCache(model.config, W, S)
     read_random(model, cache, [400])
@@ -75,6 +78,10 @@ def test_a_fork_takes_the_memory_of_the_window() -> None:
         for states in (layer.keys, layer.values):
             assert states.untyped_storage().nbytes() == states.nbytes
     assert fork.config is cache.config
+    forgotten = [weakref.ref(layer) for layer in cache.layers]
+    del cache
+    gc.collect()
+    assert [layer() for layer in forgotten] == [None] * 3
 
 
 @torch.no_grad()
