@@ -15,8 +15,8 @@ QUESTIONS = {
 model, tokenizer = load_model()
 first = SinkSession(model, tokenizer, window_length=512)
 start = time.perf_counter()
-tokens = first.feed("A guide for visitors: " + GUIDE)
-print(f"{tokens} tokens read, {first.kept_length} kept, in {time.perf_counter() - start:.1f} s")
+first.feed("A guide for visitors: " + GUIDE)
+print(f"{first.tokens_seen} tokens read, {first.kept_length} kept, in {time.perf_counter() - start:.1f} s")
 
 start = time.perf_counter()
 sessions = {user: first.fork() for user in QUESTIONS}
