@@ -18,7 +18,6 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES
 from .generate import sink_generate
 from .models import unwrapped
-from .prefill import check_model
 
 # The windows of each enabled model, as arguments of `sink_generate`; the last one is in force.
 _enabled: weakref.WeakKeyDictionary[PreTrainedModel, tuple[dict[str, int], ...]] = weakref.WeakKeyDictionary()
@@ -60,7 +59,7 @@ def enable_attention_sinks(
             f"`model` must have the `generate` of its class, but it was replaced by {inner.generate!r:.80}. Call "
             "`sink_generate`, or `del model.generate` before."
         )
-    check_model(inner, SinkCache(inner.config, window_length, num_sink_tokens))
+    SinkCache(inner.config, window_length, num_sink_tokens)  # refuses what no call could do
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     with _lock:
         _enabled[inner] = (*_enabled.get(inner, ()), window)

@@ -271,9 +271,10 @@ def test_paged_attention_is_for_continuous_batching() -> None:
         assert tokens.flatten()[20:].tolist() == expected
     assert cache.get_seq_length() == 0
     model.set_attn_implementation("paged|eager")
-    for call in (by_sink_generate, enable_attention_sinks):
-        with pytest.raises(ValueError, match="set_attn_implementation"):
-            call(model)
+    with enable_attention_sinks(model, **WINDOW):
+        for call in (by_sink_generate, by_generate):
+            with pytest.raises(ValueError, match="set_attn_implementation"):
+                call(model)
 
 
 # --- the page
