@@ -217,7 +217,7 @@ def test_textiteratorstreamer() -> None:
 
 
 def test_fastapi() -> None:
-    """A session for each user, forked from one that has read the system prompt."""
+    """A session for each user, forked from a first one."""
     fastapi, responses = pytest.importorskip("fastapi"), pytest.importorskip("fastapi.responses")
     testclient = pytest.importorskip("fastapi.testclient")
     model, tokenizer = chat_model(), byte_tokenizer()
