@@ -93,6 +93,7 @@ def test_peft_lora(wrapped_first: bool) -> None:
     cache = SinkCache(model.config, W, S)
     own = model.generate(input_ids=PROMPT, past_key_values=cache, max_new_tokens=30, **OPTIONS)
     assert torch.equal(own.sequences, output.sequences)
+    assert torch.equal(by_sink_generate(model).sequences, output.sequences)
     merged = model.merge_and_unload()
     assert relative_error(by_sink_generate(merged).logits[29], output.logits[29]) < 1e-4
 
