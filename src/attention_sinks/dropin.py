@@ -81,8 +81,9 @@ def _disable(model: PreTrainedModel, is_over: Callable[[dict[str, int]], bool]) 
             _enabled[model] = left
         else:
             _enabled.pop(model, None)
-        if not any(type(each) is type(model) for each in _enabled):
-            _unhook(type(model))
+        for model_class in list(_hooks):  # `fully_shard` may have given the model another class meanwhile
+            if not any(isinstance(each, model_class) for each in _enabled):
+                _unhook(model_class)
 
 
 def _hook(model_class: Any) -> None:

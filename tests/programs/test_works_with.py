@@ -159,11 +159,14 @@ def test_ddp_and_fsdp() -> None:
     expected = by_sink_generate(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
     assert_exact(wrapped.module, by_sink_generate(wrapped.module))
-    sharded = torch.distributed.fsdp.fully_shard(one_layer())
+    sharded = one_layer()
+    enabled = enable_attention_sinks(sharded, **WINDOW)
+    torch.distributed.fsdp.fully_shard(sharded)
     for output in (by_sink_generate(sharded), by_sink_generate(wrapped.module)):
         assert torch.equal(torch.stack(output.logits), torch.stack(expected.logits))
-    with enable_attention_sinks(sharded, **WINDOW):
+    with enabled:
         assert_exact(sharded, by_generate(sharded))
+    assert "generate" not in {**vars(type(sharded)), **vars(type(model))}
 
 
 # --- programs around `generate`
