@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+INTEGRATIONS := .venv-integrations
 # Two processes of one thread each are faster than one of two threads, which spin while they wait for each other. The tests
 # of a module run in the same process, so that they share what is expensive to make; tests/conftest.py sets the order.
 PYTEST := -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
@@ -16,7 +17,7 @@ FAST := -m "not slow and not docs"
 # The tests to run while editing: under two minutes on two cores.
 QUICK := -m "not slow and not docs and not processes and not exhaustive"
 
-.PHONY: demo chat docs test quick test-oldest test-newest lint types architectures bench build release-notes clean
+.PHONY: demo chat docs test quick test-oldest test-newest test-integrations lint types architectures bench build release-notes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -46,6 +47,11 @@ test-newest:
 	$(NEWEST)/bin/python -c "import torch, transformers; print('transformers', transformers.__version__, 'torch', torch.__version__)"
 	$(PARALLEL) $(NEWEST)/bin/python $(PYTEST) $(FAST)
 	$(NEWEST)/bin/python -m benchmarks.architectures --quick
+
+# What docs/works-with.md promises, with the packages that it names. Some of them print when transformers is imported, so
+# they are installed on top of .venv, where no other test sees them.
+test-integrations: $(INTEGRATIONS)/.ready
+	$(PARALLEL) $(INTEGRATIONS)/bin/python -m pytest tests/programs/test_works_with.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -84,5 +90,14 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 		--editable ".[cli,demo,test]"
 	touch $@
 
+$(INTEGRATIONS)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv --clear $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/python -c "import site; print(site.getsitepackages()[0])" > $(INTEGRATIONS)/own
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> "$$(cat $(INTEGRATIONS)/own)/venv.pth"
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[integrations]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) dist site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(INTEGRATIONS) dist site

@@ -1,6 +1,5 @@
-"""Generate several answers to one long prompt. The prompt is read once; each answer uses a copy of the cache."""
+"""Generate several answers to one long prompt. The prompt is read once; each answer uses a fork of the cache."""
 
-import copy
 import pydoc_data.topics
 
 import torch
@@ -19,7 +18,5 @@ print(f"{cache.get_seq_length()} tokens read, {cache.kept_length} kept")
 
 torch.manual_seed(0)
 for number in range(3):
-    output = sink_generate(
-        model, prompt, cache=copy.deepcopy(cache), do_sample=True, temperature=0.8, max_new_tokens=24
-    )
+    output = sink_generate(model, prompt, cache=cache.fork(), do_sample=True, temperature=0.8, max_new_tokens=24)
     print(f"{number + 1}. strings in Python{tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)}")

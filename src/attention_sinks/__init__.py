@@ -1,12 +1,16 @@
 """A KV cache of constant size with attention sinks, for endless generation with Hugging Face language models."""
 
 from .cache import SinkCache
+from .dropin import disable_attention_sinks, enable_attention_sinks
 from .generate import sink_generate
 from .prefill import sink_prefill
 from .rope import Rotation
 from .session import SinkSession
 
-__all__ = ["Rotation", "SinkCache", "SinkSession", "sink_generate", "sink_prefill"]
+__all__ = [
+    "Rotation", "SinkCache", "SinkSession", "disable_attention_sinks", "enable_attention_sinks", "sink_generate",
+    "sink_prefill",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

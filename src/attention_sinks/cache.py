@@ -5,6 +5,7 @@ What this library adds to a cache; what `transformers` calls on one is in `strea
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from typing import Any, Self
@@ -281,7 +282,24 @@ class SinkCache(StreamCache):
         """Expect single tokens to be compiled again, where `generate` compiles by itself."""
         self._stream.policy.expect_compiled_steps()
 
-    # --- streams in files
+    # --- copies of a stream, in memory and in files
+
+    def fork(self) -> Self:
+        """Return a copy of the stream, which goes on by itself and bitwise as this one would.
+
+        So a prompt is read once for many conversations, or a document for many continuations. The copy takes the memory
+        of the window; nothing of the model is copied.
+
+        Raises:
+            RuntimeError: if a forward pass was interrupted half-way, or runs now.
+
+        Example:
+            >>> answers = [sink_generate(model, prompt, cache=cache.fork(), do_sample=True) for _ in range(3)]
+        """
+        with checkpoint.between_passes(self._stream), torch.inference_mode(False):
+            fork = copy.deepcopy(self, checkpoint.clones_of_views(self._stream))
+        fork.drop_plan()  # the fork is no part of a pass that was announced
+        return fork
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the stream to a safetensors file, from which `load` resumes it: what follows is bitwise the same.

@@ -155,12 +155,18 @@ def check_model(model: PreTrainedModel, cache: SinkCache) -> None:
     """Check that a cache belongs to a model, which must keep it.
 
     Raises:
-        ValueError: naming the setting that differs, or the frequencies that were rounded.
+        ValueError: naming the setting that differs, the frequencies that were rounded, or an attention without masks.
     """
     if checkpointing_drops_cache(model):
         raise ValueError(
             "`model` must not checkpoint activations here: in training mode its layers would then drop the cache. Call "
             "`model.eval()`, or `model.gradient_checkpointing_disable()`."
+        )
+    attention = attention_of(model)
+    if attention.startswith("paged|"):
+        raise ValueError(
+            f"`model` must have an attention that gets masks, got {attention!r}, which is for `generate_batch` alone. "
+            f"Call `model.set_attn_implementation({attention.removeprefix('paged|')!r})`."
         )
     config = model.config.get_text_config(decoder=True)
     if config is not cache.config:

@@ -1,5 +1,7 @@
 """How a rotary position embedding rotates keys."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,9 @@ class Rotation:
         self.start = start
         self.interleaved = interleaved
         self.in_values = in_values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rotation":
+        return self  # it never changes, and compiled steps know it
 
     @property
     def rotary_dim(self) -> int:

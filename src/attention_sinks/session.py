@@ -1,7 +1,6 @@
 """`SinkSession`: one conversation, or one text, without end, in memory that does not grow."""
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Generator
 from typing import Any, NoReturn, Self
@@ -39,9 +38,8 @@ class SinkSession:
     """One endless stream through a model: a chat, a document and questions to it, or plain text.
 
     Nothing grows with the stream: the session stores the tokens of at most three windows, and those of a text while it
-    is read, and counts the others. (For a
-    model whose positions cannot be rebased, see `SinkCache.can_rebase`, the token ids and masks of `generate` grow by a
-    few bytes per token.)
+    is read, and counts the others. (For a model whose positions cannot be rebased, see `SinkCache.can_rebase`, the
+    token ids and masks of `generate` grow by a few bytes per token.)
 
     All forward passes run on one thread of the session. It starts with the first of them and ends with the session.
 
@@ -158,27 +156,30 @@ class SinkSession:
         session._check_readable([])
         return session
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a branch: it goes on by itself from here, with the same model and tokenizer.
+    def fork(self) -> Self:
+        """Return a session that goes on by itself from here, with the same model and tokenizer.
 
-        An open answer goes on in this session alone; the branch has the tokens that the model has made so far.
+        An open answer goes on in this session alone; the fork has the tokens that the model has made so far.
 
         Raises:
-            RuntimeError: if another thread uses the session, or if the process was forked while an answer was open.
+            RuntimeError: if a forward pass was interrupted half-way, if another thread uses the session, or if the
+                process was forked while an answer was open.
         """
-        branch = type(self).__new__(type(self))
+        fork = type(self).__new__(type(self))
         with self._worker.paused():
-            branch._bind(self.model, self.tokenizer, self._template, copy.deepcopy(self._transcript))
-        return branch
+            fork._bind(self.model, self.tokenizer, self._template, self._transcript.fork())
+        return fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.fork()
 
     def __copy__(self) -> Self:
-        return copy.deepcopy(self)
+        return self.fork()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "A SinkSession cannot be pickled, since its model would be pickled with it. Write it to a file by "
-            "`save(path)`, and resume it by `SinkSession.load(path, model, tokenizer)`; within a process, "
-            "`copy.deepcopy(session)` branches it."
+            "`save(path)`, and resume it by `SinkSession.load(path, model, tokenizer)`; within a process, `fork()` it."
         )
 
     def feed(self, text: str) -> int:

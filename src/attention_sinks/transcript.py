@@ -1,7 +1,6 @@
 """`Transcript`: the tokens of a session, read and unread; `fingerprint` and `vocabulary`: whose tokens they are."""
 
 import contextlib
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -46,12 +45,12 @@ class Transcript:
         self.turn: str | None = None
         self.ended = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        config = self.cache.config  # shared, so that nothing compares it with that of the model
-        other = type(self)(copy.deepcopy(self.cache, {id(config): config}))
-        other.ids, other.forgotten = self.ids.copy(), self.forgotten
-        other.turn, other.ended = self.turn, self.ended
-        return other
+    def fork(self) -> Self:
+        """Return a transcript that goes on by itself from here."""
+        fork = type(self)(self.cache.fork())
+        fork.ids, fork.forgotten = self.ids.copy(), self.forgotten
+        fork.turn, fork.ended = self.turn, self.ended
+        return fork
 
     @property
     def num_tokens(self) -> int:

@@ -50,6 +50,27 @@ def test_a_compiled_loop_gives_the_logits_of_an_eager_one_across_the_edge_of_the
             assert relative_error(model(new, **{CACHE: cache}).logits, expected) < 1e-5
 
 
+def test_a_fork_after_compiled_steps_needs_no_graph_of_its_own() -> None:
+    """Below the window and past it; Python does not know yet how many tokens the steps have counted."""
+    model, compiler = build("llama"), Compiler()
+    step, token = compiled(model, compiler), random_ids(1)
+    cache, eager = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
+    for each in (cache, eager):
+        model(random_ids(6), **{CACHE: each})
+    for _ in range(2):
+        for _ in range(8):
+            step(token, **{CACHE: cache})
+            model(token, **{CACHE: eager})
+        fork = cache.fork()
+        for t in range(W):
+            token = random_ids(1, seed=t)
+            logits = step(token, **{CACHE: cache}).logits
+            assert torch.equal(step(token, **{CACHE: fork}).logits, logits)
+            assert relative_error(logits, model(token, **{CACHE: eager}).logits) < 1e-5
+        assert fork.get_seq_length() == cache.get_seq_length() == eager.get_seq_length()
+    assert compiler.compiled == 1
+
+
 def test_a_thousand_steps_past_the_window_are_compiled_once() -> None:
     model = build("llama")
     compiler = Compiler()

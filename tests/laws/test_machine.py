@@ -274,7 +274,7 @@ class Branch:
                 self.check_sizes(query_length)
 
     def copied(self) -> "Branch":
-        return Branch(copy.deepcopy(self.cache), copy.deepcopy(self.stream), copy.deepcopy(self.source))
+        return Branch(self.cache.fork(), copy.deepcopy(self.stream), copy.deepcopy(self.source))
 
     def check_unchanged(self) -> None:
         """Check that a copy takes the next token, or takes the last update back, as if nothing had happened."""

@@ -1,4 +1,4 @@
-"""A stream that is resumed from a file is bitwise equal to one that never stopped."""
+"""A stream that is resumed from a file, or forked, is bitwise equal to one that never stopped."""
 
 import copy
 import pickle
@@ -86,11 +86,14 @@ def test_a_resumed_stream_is_bitwise_equal_to_one_that_never_stopped(name: str, 
             pytest.skip("early transformers 5 does not record the past")
     MOMENTS[moment](model, cache)
     cache.save(tmp_path / "stream")
-    resumed = SinkCache.load(tmp_path / "stream", model.config)
-    assert (resumed.get_seq_length(), resumed.kept_length) == (cache.get_seq_length(), cache.kept_length)
-    for mine, others in zip(continued(model, resumed), continued(model, cache), strict=True):
-        assert torch.equal(mine, others)
-    assert resumed.get_seq_length() == cache.get_seq_length()
+    resumed, fork = SinkCache.load(tmp_path / "stream", model.config), cache.fork()
+    for each in (resumed, fork):
+        assert (each.get_seq_length(), each.kept_length) == (cache.get_seq_length(), cache.kept_length)
+    expected = continued(model, cache)
+    for each in (resumed, fork):
+        for mine, others in zip(continued(model, each), expected, strict=True):
+            assert torch.equal(mine, others)
+        assert each.get_seq_length() == cache.get_seq_length()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

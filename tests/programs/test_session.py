@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -467,24 +467,40 @@ SAVED: dict[str, Callable[[SinkSession], object]] = {
 
 @pytest.mark.parametrize("moment", SAVED)
 @pytest.mark.parametrize("system", [None, "Speak like a pirate."])
-def test_a_resumed_session_is_bitwise_equal_to_one_that_never_stopped(
+def test_a_resumed_session_and_a_fork_are_bitwise_equal_to_one_that_never_stopped(
     model: Any, moment: str, system: str | None, tmp_path: Path
 ) -> None:
     session = SinkSession(model, byte_tokenizer(), 64, system=system)
     SAVED[moment](session)
     session.save(tmp_path / "chat")
-    resumed = SinkSession.load(tmp_path / "chat", model, byte_tokenizer())
-    assert (resumed.tokens_seen, resumed.kept_length) == (session.tokens_seen, session.kept_length)
+    resumed, fork = SinkSession.load(tmp_path / "chat", model, byte_tokenizer()), session.fork()
+    assert fork.model is model
+    assert fork.tokenizer is session.tokenizer
+    for other in (resumed, fork):
+        assert (other.tokens_seen, other.kept_length) == (session.tokens_seen, session.kept_length)
+    sessions = session, resumed, fork
     if moment == "after an answer":
-        assert "".join(resumed.generate(max_new_tokens=5)) == "".join(session.generate(max_new_tokens=5))
+        assert len({"".join(each.generate(max_new_tokens=5)) for each in sessions}) == 1
     for message in ("And then?", "Go on, " * 12):
-        answers = ["".join(each.chat(message, max_new_tokens=50)) for each in (session, resumed)]
-        assert answers[0] == answers[1]
-    assert (ids_of(resumed), resumed.tokens_seen) == (ids_of(session), session.tokens_seen)
+        assert len({"".join(each.chat(message, max_new_tokens=50)) for each in sessions}) == 1
+    for other in (resumed, fork):
+        assert (ids_of(other), other.tokens_seen) == (ids_of(session), session.tokens_seen)
     pending = torch.tensor([ids_of(session)[session.cache.get_seq_length() :]])
     with torch.no_grad():
-        logits = [model(pending, **{CACHE: each.cache}).logits for each in (session, resumed)]
-    assert torch.equal(*logits)
+        logits = [model(pending, **{CACHE: each.cache}).logits for each in sessions]
+    assert all(torch.equal(each, logits[0]) for each in logits)
+
+
+def test_forks_of_a_session_answer_at_the_same_time(model: Any) -> None:
+    """Each on a thread of its own; what one reads the others do not see."""
+    session = SinkSession(model, byte_tokenizer(), 64)
+    session.feed("It was a bright cold day in April. " * 5)
+    seen, messages = session.tokens_seen, ["What day?", "Which month was it?", "And the clocks?"]
+    alone = ["".join(session.fork().chat(message, max_new_tokens=30)) for message in messages]
+    answers = [session.fork().chat(message, max_new_tokens=30) for message in messages]
+    pieces = list(zip_longest(*answers, fillvalue=""))
+    assert ["".join(texts) for texts in zip(*pieces, strict=True)] == alone
+    assert session.tokens_seen == seen
 
 
 def test_a_session_is_resumed_whatever_the_memory_layout_of_the_weights(tmp_path: Path) -> None:

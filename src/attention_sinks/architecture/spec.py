@@ -29,7 +29,7 @@ class CacheSpec:
     Args:
         config: the config of the text model.
         window_length, num_sink_tokens: the window, and how many of its tokens are sinks.
-        layers: those of a `DynamicCache` for the config; `sink_layers` of them are replaced.
+        layers: those of a `DynamicCache` for the config, empty; `sink_layers` of them are replaced.
         positions: how the model tells positions apart; its `rotations` name the layers that become sink layers.
         is_measured: True if the positions were measured, False if the rotation was given.
         text_layers: the indices of the layers that text reaches, in order.
@@ -44,6 +44,9 @@ class CacheSpec:
     is_measured: bool
     text_layers: tuple[int, ...]
     sliding_window: float
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheSpec":
+        return self  # it never changes
 
     @property
     def model_type(self) -> str:

@@ -1,10 +1,12 @@
-"""A cache as plain values and tensors, for a file; and whose model it was."""
+"""A cache as plain values and tensors, for a file; whose model it was; and what a copy in memory needs."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -186,32 +188,53 @@ def _upgraded_layer(old: dict[str, Any]) -> dict[str, Any]:
     return {"kind": old["kind"], **slots}
 
 
+@contextlib.contextmanager
+def between_passes(stream: Stream) -> Iterator[None]:
+    """Require that no forward pass was interrupted half-way, and that none runs inside.
+
+    Raises:
+        RuntimeError: if one was, or did.
+    """
+    stream.check()
+    seen = stream.first.get_seq_length()
+    yield
+    stream.check()
+    if stream.first.get_seq_length() != seen:
+        raise RuntimeError("A forward pass ran while the stream was copied. Save or fork it between two of them.")
+
+
+def clones_of_views(stream: Stream) -> dict[int, Any]:
+    """Return clones of what `deepcopy` cannot copy, or would copy with the memory around it, by id, as its memo.
+
+    Layers of `transformers` hold views of all that they last returned, which autograd may have made.
+    """
+    held = (x for layer in stream.layers for x in pytree.tree_leaves(vars(layer)) if isinstance(x, Tensor))
+    return {id(x): x.detach().clone() for x in held if x.requires_grad or x.untyped_storage().nbytes() > x.nbytes}
+
+
 def stream_state(stream: Stream) -> dict[str, Any]:
     """Return a stream as plain values and tensors; what layers hold is copied to the CPU.
 
     Raises:
         RuntimeError: if a forward pass was interrupted half-way, or runs now.
     """
-    stream.check()
-    for layer in stream.sink_layers():
-        layer.bring_back()
-    spec, seen = stream.spec, stream.first.get_seq_length()
-    state = {
-        "config": config_state(spec.config),
-        "window_length": spec.window_length,
-        "num_sink_tokens": spec.num_sink_tokens,
-        "rotations": rotations_of(stream.sink_layers()),
-        "measured": spec.is_measured,
-        "left_padding": stream.layout.positions.left_padding,
-        "position_offset": stream.layout.positions.offset,
-        "layers": [layer_state(layer) for layer in stream.layers],
-        "process": process_of_heads(spec.config, stream.first),
-    }
-    if stream.coordinates is not None:
-        state["coordinates"] = vars(stream.coordinates)
-    stream.check()
-    if stream.first.get_seq_length() != seen:
-        raise RuntimeError("A forward pass ran while the stream was saved. Save it between two of them.")
+    with between_passes(stream):
+        for layer in stream.sink_layers():
+            layer.bring_back()
+        spec = stream.spec
+        state = {
+            "config": config_state(spec.config),
+            "window_length": spec.window_length,
+            "num_sink_tokens": spec.num_sink_tokens,
+            "rotations": rotations_of(stream.sink_layers()),
+            "measured": spec.is_measured,
+            "left_padding": stream.layout.positions.left_padding,
+            "position_offset": stream.layout.positions.offset,
+            "layers": [layer_state(layer) for layer in stream.layers],
+            "process": process_of_heads(spec.config, stream.first),
+        }
+        if stream.coordinates is not None:
+            state["coordinates"] = vars(stream.coordinates)
     return state
 
 

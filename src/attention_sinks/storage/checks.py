@@ -21,7 +21,7 @@ ROUNDING = 2**-6
 # How a batch goes on after a common text.
 ROW_BY_ROW = (
     "Pads after the first prompt cannot be hidden: continue each row by itself, without pads, with a copy of the cache "
-    "(`copy.deepcopy(cache)`; `batch_select_indices` chooses a row)"
+    "(`cache.fork()`; `batch_select_indices` chooses a row)"
 )
 
 

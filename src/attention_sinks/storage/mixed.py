@@ -1,5 +1,6 @@
 """Layers that hold more than keys and values: states of a linear attention, or the keys of an indexer."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,7 +190,8 @@ def restore_linear(layer: Any, state: Any, device: Device) -> None:
 
 def build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
     """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
-    layers: list[Any] = list(spec.layers)
+    sinks = spec.positions.rotations
+    layers: list[Any] = [each if i in sinks else copy.deepcopy(each) for i, each in enumerate(spec.layers)]
     window = spec.window_length, spec.num_sink_tokens
     for i in spec.sink_layers:
         rotation = spec.positions.rotations[i]
