@@ -100,8 +100,14 @@ class Stream:
 
         Raises:
             ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
+            NotImplementedError: if the model is exported.
         """
         plan, compiling = self._plan, self.policy.is_compiling
+        if compiling and torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "A SinkCache cannot be exported: what it counts would be constants of the exported program. Compile the "
+                "model with `torch.compile`, or export it with a cache of `transformers`."
+            )
         # Where layers are compiled one by one, the mask was made outside, for the plan that was announced there.
         may_be_static = announcing or (compiling and plan is not None and plan.all_slots)
         if may_be_static and query_length == 1 and self._is_static_step(layer):
