@@ -105,7 +105,7 @@ class Stream:
         plan, compiling = self._plan, self.policy.is_compiling
         if compiling and torch.compiler.is_exporting():
             raise NotImplementedError(
-                "A SinkCache cannot be exported: what it counts would be constants of the exported program. Compile the "
+                "A SinkCache cannot be exported: its counts would be constants of the exported program. Compile the "
                 "model with `torch.compile`, or export it with a cache of `transformers`."
             )
         # Where layers are compiled one by one, the mask was made outside, for the plan that was announced there.
