@@ -78,7 +78,7 @@ class SinkCache(StreamCache):
                 f"`attention_mask` must not have padding: this {self._spec.model_type!r} model builds its attention "
                 "from the number of all tokens seen. Generate for prompts of equal length together, or one by one."
             )
-        return token_positions(padding)
+        return token_positions(padding, told=(0, 0) if attention_mask is None else attention_mask.shape)
 
     # --- what the cache holds
 

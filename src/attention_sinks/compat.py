@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:
     from transformers.cache_utils import (
@@ -33,7 +34,7 @@ except ImportError:  # early transformers 5 has no such layers
 __all__ = [
     "CACHE_NAMES", "LAST_TESTED", "CheckedStreamer", "DriftError", "DynamicIndexedLayer",
     "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer", "LinearAttentionLayer",
-    "PassWatch", "cache_name", "chosen_cache", "compiles_by_itself", "with_cache",
+    "PassWatch", "cache_name", "checkpointing_drops_cache", "chosen_cache", "compiles_by_itself", "with_cache",
 ]  # fmt: skip
 
 # Newest version of transformers with which all tests passed.
@@ -95,6 +96,9 @@ class PassWatch:
     def __init__(self) -> None:
         self.active = False
         self._begin()
+
+    def __reduce__(self) -> tuple[type["PassWatch"], tuple[()]]:
+        return PassWatch, ()  # a copy of a cache is not part of the call that runs
 
     def _begin(self) -> None:
         self.passes = 0
@@ -217,3 +221,25 @@ def compiles_by_itself(device: torch.device | None) -> bool:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def checkpointing_drops_cache(model: PreTrainedModel) -> bool:
+    """Return True if layers of a model compute without the cache, since they checkpoint activations for training."""
+    layers = (each for each in model.modules() if isinstance(each, GradientCheckpointingLayer))
+    return any(each.training and each.gradient_checkpointing for each in layers) and _drops_cache_without_gradients()
+
+
+@functools.lru_cache
+def _drops_cache_without_gradients() -> bool:
+    """Return True if a layer that checkpoints drops the cache even where no gradients are computed. Asks a layer."""
+
+    class Layer(GradientCheckpointingLayer):
+        gradient_checkpointing = True
+
+        def forward(self, **kwargs: Any) -> Any:
+            return kwargs[cache_name()]
+
+    layer: Any = Layer()
+    layer._gradient_checkpointing_func = lambda function: function()
+    with torch.no_grad():
+        return layer(**{cache_name(): True}) is None

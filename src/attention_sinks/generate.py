@@ -1,6 +1,7 @@
 """`sink_generate`: `model.generate` with a `SinkCache`."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,24 +10,27 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
+from .architecture.spec import check_int
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
-from .hooks import Prepare, inputs_prepared_by
+from .guidance import guided
+from .inputs import check_is_text, check_prompt, check_vocabulary, not_text
+from .models import Replacement, unwrapped, view_of
 from .prefill import (
     asks_for_masks,
-    check_chunk_size,
-    check_is_text,
     check_model,
+    check_readable,
     default_chunk_size,
     last_logits_only,
-    not_text,
     read_in_chunks,
     takes_positions,
 )
-from .prompt import GenerationSettings, Text, pop_prompt, text_for
+from .prompt import GenerationSettings, Text, mask_of_embeds, mask_of_first, pop_prompt, text_for
 
 # The arguments of `generate` that ask for assisted decoding.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+# Settings for ways of decoding that compute with caches of their own, or with code from the Hub.
+UNSUPPORTED = ("constraints", "dola_layers", "force_words_ids", "penalty_alpha", "speculation_type", "use_mtp")
 
 
 def sink_generate(
@@ -69,44 +73,91 @@ def sink_generate(
         RuntimeError: if the installed `transformers` does not do what this function relies on, before a token is
             returned.
     """
-    continued = chosen_cache(cache, past_key_values)
-    _check_call(model, continued, prefill_chunk_size, generate_kwargs)
-    settings = GenerationSettings(model, generate_kwargs)
+    inner, continued = unwrapped(model), chosen_cache(cache, past_key_values)
+    settings = GenerationSettings(inner, generate_kwargs)
+    _check_call(inner, continued, prefill_chunk_size, settings, generate_kwargs)
     is_started = continued is not None and continued.get_seq_length() > 0
-    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs, None if is_started else settings)
+    check_prompt(inner, inputs, generate_kwargs, is_started)
+    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs)
+    embeds = generate_kwargs.get("inputs_embeds")
+    ids = input_ids if embeds is None else None
+    if ids is not None and not is_started:
+        attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(model.config, window_length, num_sink_tokens, attention_mask=attention_mask)
-        check_model(model, cache)
+        cache = SinkCache(inner.config, window_length, num_sink_tokens)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
-        check_model(model, cache)
-        if not is_started and attention_mask is not None:
-            cache.announce_padding(attention_mask)
-        cache.deactivate_past_recording()
+    check_model(inner, cache)
+    if ids is not None and not_text(generate_kwargs) is None:
+        check_vocabulary("input_ids", ids, inner)
     chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
-    # The model's own settings may ask for another cache, or for chunks that show each token more than its window.
-    generate_kwargs.update(cache_implementation=None, prefill_chunk_size=None)
-    if attention_mask is not None:
+    _overrule(settings, generate_kwargs)
+    if embeds is not None:
+        attention_mask = mask_of_embeds(cache, embeds, attention_mask)
+    with _padding_announced(cache, None if is_started else attention_mask):
+        text = None
         generate_kwargs["attention_mask"] = attention_mask
-    text = None
-    if input_ids is not None and generate_kwargs.get("inputs_embeds") is None:
-        text = text_for(cache, input_ids, attention_mask)
-        generate_kwargs["attention_mask"] = text.attention_mask
-        if text.needs_positions and takes_positions(model):
-            positions = cache.token_positions.true_positions(text.num_omitted, input_ids)
-            generate_kwargs["position_ids"] = positions
-        _prefill(model, cache, text, chunk_size, settings, generate_kwargs)
-    cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
-    if generate_kwargs.get("streamer") is not None:
-        generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
-    generate: Any = model.generate
-    with _passes_prepared(model, cache, text):
-        return generate(input_ids, **{cache_name(): cache}, **generate_kwargs)  # type: ignore[no-any-return]
+        if ids is not None:
+            text = text_for(cache, ids, attention_mask, settings)
+            _check_text(cache, text, settings)
+            generate_kwargs["attention_mask"] = text.attention_mask
+            if text.needs_positions and takes_positions(inner):
+                generate_kwargs["position_ids"] = cache.token_positions.true_positions(text.num_omitted, ids)
+            chunk_size = chunk_size or _default_chunk_size(inner, cache, text)
+        forward = guided(model, cache, input_ids, settings, generate_kwargs)
+        _begin(model, cache, text, chunk_size, settings.num_repeats, generate_kwargs)
+        cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
+        if generate_kwargs.get("streamer") is not None:
+            generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
+        view = view_of(model, _passes_prepared(inner, cache, text), forward)
+        try:
+            with cache.watch.watching():
+                return _generate(view, input_ids, cache, generate_kwargs)  # type: ignore[no-any-return]
+        finally:
+            cache.drop_plan()
 
 
-def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs: dict[str, Any]) -> None:
-    """Check all arguments that can be checked without a cache; sets `use_cache`."""
+@contextlib.contextmanager
+def _padding_announced(cache: SinkCache, attention_mask: Tensor | None) -> Iterator[None]:
+    """Tell a cache of the padding of a first prompt, if there is a mask; if nothing is read, it forgets that again."""
+    if attention_mask is None:
+        yield
+        return
+    before = cache.token_positions.told_mask()
+    cache.announce_padding(attention_mask)
+    try:
+        yield
+    except BaseException:
+        if cache.get_seq_length() == 0:
+            cache.reset()
+            if before is not None:
+                cache.announce_padding(before)
+        raise
+
+
+def _overrule(settings: GenerationSettings, generate_kwargs: dict[str, Any]) -> None:
+    """Overrule settings that ask for no cache, for another one, or for chunks that show a token more than its window.
+
+    `generate` does not like arguments beside a `generation_config`.
+    """
+    if settings["use_cache"] is False:
+        generate_kwargs["use_cache"] = True
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if settings[name] is not None:
+            generate_kwargs[name] = None
+
+
+def _generate(view: Any, input_ids: Tensor | None, cache: SinkCache, generate_kwargs: dict[str, Any]) -> Any:
+    """Call `generate`. The prompt goes by its name: some models take something else first."""
+    name = "inputs" if "inputs" in inspect.signature(view.generate).parameters else "input_ids"
+    return view.generate(**{name: input_ids, cache_name(): cache}, **generate_kwargs)
+
+
+def _check_call(
+    model: Any, cache: Any, prefill_chunk_size: Any, settings: GenerationSettings, generate_kwargs: dict[str, Any]
+) -> None:
+    """Check all arguments that can be checked without a cache."""
     generates = isinstance(model, GenerationMixin)
     if not generates:
         raise TypeError(f"`model` must be a transformers model that can generate, got {model.__class__.__name__}.")
@@ -115,7 +166,7 @@ def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs
             f"`cache` must be a SinkCache, got {cache.__class__.__name__}. Leave it out to start a new stream, or call "
             "`model.generate` for other caches."
         )
-    if generate_kwargs.setdefault("use_cache", True) is not True:
+    if generate_kwargs.get("use_cache", True) is not True:
         raise ValueError(
             f"`use_cache` must be True, got {generate_kwargs['use_cache']!r}: the window is a property of the cache."
         )
@@ -127,9 +178,15 @@ def _check_call(model: Any, cache: Any, prefill_chunk_size: Any, generate_kwargs
             "SinkCache."
         )
     if prefill_chunk_size is not None:
-        check_chunk_size(prefill_chunk_size)
+        check_int("prefill_chunk_size", prefill_chunk_size, at_least=1)
         if generate_kwargs.get("inputs_embeds") is not None:
             raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
+    unsupported = next((name for name in UNSUPPORTED if settings[name]), None)
+    if unsupported is not None:
+        raise NotImplementedError(
+            f"`{unsupported}` is not supported, got {settings[unsupported]!r:.80}: this way of decoding has caches of "
+            "its own. Leave it out; sampling, beam search, assistant models and prompt lookup are supported."
+        )
     name = not_text(generate_kwargs)
     if name is not None and "mrope_section" in str(model.config.to_dict()):
         raise NotImplementedError(
@@ -150,15 +207,8 @@ def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int)
             )
 
 
-def _prefill(
-    model: PreTrainedModel,
-    cache: SinkCache,
-    text: Text,
-    chunk_size: int | None,
-    settings: GenerationSettings,
-    generate_kwargs: dict[str, Any],
-) -> None:
-    """Read a prompt in chunks, all but its last token, if that was asked for or its positions demand it."""
+def _check_text(cache: SinkCache, text: Text, settings: GenerationSettings) -> None:
+    """Check that a prompt is for the rows of a cache, and that `generate` can take candidates for it back."""
     assisted = next((name for name in ASSISTED if settings[name] is not None), None)
     if text.num_omitted > 0 and assisted is not None and not hasattr(Cache, "activate_past_recording"):
         raise NotImplementedError(
@@ -171,45 +221,74 @@ def _prefill(
             f"`input_ids` must have the {cache.num_rows} rows that the cache holds, got {num_rows}. After a beam "
             "search these are all its beams: select one with `batch_select_indices`."
         )
-    if chunk_size is None:
-        config = model.config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None) or text.num_new
-        left = cache.position_limit - cache.kept_length if cache.can_rebase else cache.positions_left()
-        if text.num_new > min(longest, left):
-            chunk_size = default_chunk_size(model, cache)
-    if chunk_size is not None and text.num_new > 1:
-        check_is_text(generate_kwargs)
-        check_arguments(model, text.input_ids, cache, generate_kwargs)
-        cache.deactivate_past_recording()
-        new = text.input_ids[:, -text.num_new : -1]
-        for _ in read_in_chunks(model, new, cache, chunk_size, last_logits_only(model)):
-            pass
-    if cache.num_rows == num_rows and settings.num_repeats > 1:  # `generate` repeats the rows of the prompt alone
-        cache.batch_repeat_interleave(settings.num_repeats)
 
 
-@contextlib.contextmanager
-def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Iterator[None]:
-    """Inside, the passes of `generate` get their positions from the cache, and each is announced to it.
+def _default_chunk_size(model: PreTrainedModel, cache: SinkCache, text: Text) -> int | None:
+    """Return the chunk size for a prompt that is longer than what the model was made for, or None for another one."""
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or text.num_new
+    left = cache.position_limit - cache.kept_length if cache.can_rebase else cache.positions_left()
+    return default_chunk_size(model, cache) if text.num_new > min(longest, left) else None
+
+
+def _begin(
+    model: PreTrainedModel,
+    cache: SinkCache,
+    text: Text | None,
+    chunk_size: int | None,
+    num_repeats: int,
+    generate_kwargs: dict[str, Any],
+) -> None:
+    """Bring a cache to where `generate` starts. What `generate` does not take is refused before the cache is changed.
 
     Args:
-        model, cache: those of the call.
+        model, cache, generate_kwargs: those of the call.
+        text: the prompt, if it has token ids.
+        chunk_size: read all of the prompt but its last token in chunks of this size, unless it is None.
+        num_repeats: how often `generate` repeats each row of the prompt.
+    """
+    inner, input_ids, unread = unwrapped(model), None, None
+    if text is not None:
+        input_ids = text.input_ids
+        unread = input_ids[:, -text.num_new : -1] if chunk_size is not None and text.num_new > 1 else None
+    repeats = input_ids is not None and num_repeats > 1 and (unread is not None or cache.num_rows == len(input_ids))
+    if unread is not None or repeats:
+        check_arguments(inner, input_ids, cache, generate_kwargs)
+    cache.deactivate_past_recording()
+    if unread is not None and chunk_size is not None:
+        check_is_text(generate_kwargs)
+        check_readable(inner, cache, "prefill_chunk_size", chunk_size, len(unread))
+        for _ in read_in_chunks(model, unread, cache, chunk_size, last_logits_only(inner)):
+            pass
+    if repeats:  # `generate` repeats the rows of the prompt alone
+        cache.batch_repeat_interleave(num_repeats)
+
+
+def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replacement:
+    """Return what prepares the passes of `generate`: positions come from the cache, and each pass is announced to it.
+
+    Args:
+        model: the model inside its wrappers.
+        cache: that of the call.
         text: the prompt, if it has token ids.
     """
     name, can_lower, asks_mask = cache_name(), takes_positions(model), asks_for_masks(model)
 
-    def prepared(prepare: Prepare, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get(name) is not cache:
             unknown = [key for key, value in kwargs.items() if value is cache]
             if unknown:
                 raise DriftError(f"`generate` calls the cache `{unknown[0]}`")
-            return prepare(*args, **kwargs)
+            return prepare(*args, **kwargs)  # type: ignore[no-any-return]
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         seen, num_unread = cache.get_seq_length(), 0
         if text is not None and given[0] is not None:
             # `generate` does not know how many tokens it is not given, and begins with some that may have been read.
             length = given[0].shape[1]
             num_unread = length + text.num_omitted - seen
+            if num_unread <= 0 and cache.watch.passes > 0:
+                # The text has ended; with `synced_gpus` the pass is for the other processes, and its output is dropped.
+                return {"input_ids": given[0][:, -1:], "use_cache": False}
             kwargs["next_sequence_length"] = num_unread if 0 < num_unread < length else None
             if text.num_omitted > 0 and not cache.holds_padding():
                 kwargs["attention_mask"] = None
@@ -232,13 +311,9 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Iterato
         _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
-        return inputs
+        return inputs  # type: ignore[no-any-return]
 
-    try:
-        with cache.watch.watching(), inputs_prepared_by(model, prepared):
-            yield
-    finally:
-        cache.drop_plan()
+    return prepared
 
 
 def _lower_positions(
@@ -273,13 +348,13 @@ class _PreparedError(Exception):
     """Raised where `generate` would begin to compute."""
 
 
-def check_arguments(model: Any, input_ids: Tensor, cache: SinkCache, generate_kwargs: dict[str, Any]) -> None:
+def check_arguments(model: Any, input_ids: Tensor | None, cache: SinkCache, generate_kwargs: dict[str, Any]) -> None:
     """Let `generate` refuse what it does not take before anything is read: it checks that before its first step."""
 
-    def prepared(prepare: Prepare, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         raise _PreparedError
 
-    # Nothing is streamed, and what the model's own settings ask for is overruled, as it will be.
-    arguments = {**generate_kwargs, "streamer": None, "cache_implementation": None, "prefill_chunk_size": None}
-    with contextlib.suppress(_PreparedError), cache.watch.watching(), inputs_prepared_by(model, prepared):
-        model.generate(input_ids, **{cache_name(): cache}, **arguments)
+    arguments = {**generate_kwargs, "streamer": None}
+    _overrule(GenerationSettings(model, generate_kwargs), arguments)
+    with contextlib.suppress(_PreparedError), cache.watch.watching():
+        _generate(view_of(model, prepared), input_ids, cache, arguments)

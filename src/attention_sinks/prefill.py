@@ -1,7 +1,6 @@
 """`sink_prefill`: a text of any length through a `SinkCache`, in chunks, each token with exactly its own window."""
 
 import inspect
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +12,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .architecture.settings import check_config, config_state
+from .architecture.spec import check_int
 from .cache import SinkCache
-from .compat import DriftError, chosen_cache, with_cache
+from .compat import DriftError, checkpointing_drops_cache, chosen_cache, with_cache
+from .inputs import check_model_arguments, check_token_ids, check_vocabulary
+from .models import unwrapped, view_of
+from .prompt import GenerationSettings, check_no_pad_ids
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
 # There should be no more copies than this part of a window.
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 SINK_COPIES_PER_WINDOW = 0.25
-NOT_TEXT = r"pixel_values|_grid_thw|input_features"
 
 
 def sink_prefill(
@@ -60,59 +62,70 @@ def sink_prefill(
         >>> cache = SinkCache(model.config, window_length=1024)
         >>> logits = [output.logits for output in sink_prefill(model, input_ids, cache)]
     """
-    chosen = chosen_cache(cache, past_key_values)
+    inner, chosen = unwrapped(model), chosen_cache(cache, past_key_values)
     if not isinstance(chosen, SinkCache):
         raise TypeError(f"`cache` must be a SinkCache, got {chosen.__class__.__name__}.")
-    for name in model_kwargs.keys() & {"attention_mask", "position_ids"}:
-        raise TypeError(
-            f"`{name}` follows from the cache; tell it of padding: `SinkCache(config, attention_mask=mask)`."
-        )
-    check_is_text(model_kwargs)
+    check_token_ids("input_ids", input_ids, inner, may_be_empty=True)
+    check_vocabulary("input_ids", input_ids, inner)
+    check_model_arguments(model_kwargs, input_ids)
+    if chosen.get_seq_length() == 0 and chosen.token_positions.known_length(len(input_ids)) == 0:
+        remedy = "If they are text, give it a mask of ones."
+        demand = "`cache` must be told of padding, `SinkCache(config, attention_mask=mask)`"
+        check_no_pad_ids(input_ids, GenerationSettings(inner, {}), demand, remedy, texts_may_end=True)
     if chunk_size is None:
-        chunk_size = default_chunk_size(model, chosen)
-    yield from read_in_chunks(model, input_ids, chosen, chunk_size, model_kwargs)
+        chunk_size = default_chunk_size(inner, chosen)
+    check_int("chunk_size", chunk_size, at_least=1)
+    check_readable(inner, chosen, "chunk_size", chunk_size, len(input_ids))
+    return read_in_chunks(model, input_ids, chosen, chunk_size, model_kwargs)
 
 
 @torch.no_grad()
 def read_in_chunks(
-    model: PreTrainedModel, input_ids: Tensor, cache: SinkCache, chunk_size: int, model_kwargs: dict[str, Any]
+    model: Any, input_ids: Tensor, cache: SinkCache, chunk_size: int, model_kwargs: dict[str, Any]
 ) -> Iterator[CausalLMOutputWithPast]:
-    """Read a text, see `sink_prefill`."""
-    check_chunk_size(chunk_size)
-    _check_readable(model, cache, chunk_size, len(input_ids))
+    """Read a text that was checked, see `sink_prefill`."""
+    model = view_of(model)
     if cache.can_rebase:
         # Once positions are rebased, the window and a chunk must fit below their end.
         chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
-    asks_mask = asks_for_masks(model)
+    asks_mask, windowed = asks_for_masks(model), can_window(model, cache)
     while input_ids.shape[1] > 0:
         cache.make_room(min(chunk_size, input_ids.shape[1]))
         # After a crop single tokens fill the window again.
         is_full = cache.kept_length == min(cache.get_seq_length(), cache.window_length)
         chunk, input_ids = input_ids.tensor_split([chunk_size if is_full else 1], dim=1)
-        yield _read_chunk(model, chunk, cache, asks_mask, model_kwargs)
+        has_own_mask = windowed and (chunk.shape[1] > 1 or cache.token_positions.num_rows > 0)
+        yield run_pass(model, chunk, cache, asks_mask, has_own_mask, model_kwargs)
 
 
-def _read_chunk(
-    model: PreTrainedModel, chunk: Tensor, cache: SinkCache, asks_mask: bool, model_kwargs: dict[str, Any]
+def run_pass(
+    model: Any, input_ids: Tensor, cache: SinkCache, asks_mask: bool, windowed: bool, model_kwargs: dict[str, Any]
 ) -> Any:
-    """Return the model's output for a chunk `[batch_size, query_length]`."""
-    seen, query_length = cache.get_seq_length(), chunk.shape[1]
+    """Return the output of a model for its next tokens `[batch_size, query_length]`, with positions from the cache.
+
+    Args:
+        model: a view of the model, see `view_of`.
+        input_ids, cache, model_kwargs: see `sink_prefill`.
+        asks_mask: True if the model asks the cache for the sizes of a mask that it makes itself.
+        windowed: let each token see exactly its own window.
+    """
+    if model.device.type != "meta":  # offloaded weights are on no device; accelerate moves inputs to where they are
+        input_ids = input_ids.to(model.device)
+    seen, query_length = cache.get_seq_length(), input_ids.shape[1]
     positions = cache.token_positions
-    is_padded = positions.num_rows > 0
-    windowed = can_window(model, cache) and (query_length > 1 or is_padded)
-    arguments = {**model_kwargs, **with_cache(model.forward, cache)}
+    arguments = {**model_kwargs, **with_cache(model.forward, cache), "use_cache": True}
     if takes_positions(model):
-        arguments["position_ids"] = positions.position_ids(positions.true_positions(seen, chunk))
+        arguments["position_ids"] = positions.position_ids(positions.true_positions(seen, input_ids))
     elif positions.offset > 0:
         raise DriftError("the model takes no `position_ids`, by which positions are lowered")
     with cache.watch.watching(), cache.announced(query_length, windowed) as plan:
         cache.watch.announce(query_length, asks_mask and not windowed)
         mask = None
         if isinstance(plan, WindowedPlan):
-            mask = _windowed_mask(model, plan, chunk)
+            mask = _windowed_mask(model, plan, input_ids)
         elif cache.holds_padding():
-            mask = positions.mask(0, chunk.new_empty(chunk.shape[0], seen + query_length))
-        output = model(input_ids=chunk, attention_mask=mask, use_cache=True, **arguments)
+            mask = positions.mask(0, input_ids.new_empty(input_ids.shape[0], seen + query_length))
+        output = model(input_ids=input_ids, attention_mask=mask, **arguments)
     if cache.get_seq_length() != seen + query_length:
         raise DriftError(f"the cache counts {cache.get_seq_length()} tokens where {seen + query_length} were read")
     return output
@@ -137,11 +150,16 @@ def _windowed_mask(model: PreTrainedModel, plan: WindowedPlan, chunk: Tensor) ->
 
 
 def check_model(model: PreTrainedModel, cache: SinkCache) -> None:
-    """Check that a cache belongs to a model.
+    """Check that a cache belongs to a model, which must keep it.
 
     Raises:
         ValueError: naming the setting that differs, or the frequencies that were rounded.
     """
+    if checkpointing_drops_cache(model):
+        raise ValueError(
+            "`model` must not checkpoint activations here: in training mode its layers would then drop the cache. Call "
+            "`model.eval()`, or `model.gradient_checkpointing_disable()`."
+        )
     config = model.config.get_text_config(decoder=True)
     if config is not cache.config:
         check_config(config_state(cache.config), config, "`cache` must be made with the config of `model`")
@@ -154,20 +172,12 @@ def check_model(model: PreTrainedModel, cache: SinkCache) -> None:
             )
 
 
-def not_text(arguments: dict[str, Any]) -> str | None:
-    """Return the name of an argument that brings images or sound, or None."""
-    given = (name for name, value in arguments.items() if value is not None)
-    return next((name for name in given if re.search(NOT_TEXT, name)), None)
+def check_readable(model: PreTrainedModel, cache: SinkCache, name: str, chunk_size: int, num_rows: int) -> None:
+    """Check that a model can read a text of `num_rows` rows through a cache, in chunks; `name` is that of their size.
 
-
-def check_is_text(arguments: dict[str, Any]) -> None:
-    """Check that a prompt that is read in chunks is text alone."""
-    name = not_text(arguments)
-    if name is not None:
-        raise NotImplementedError(f"`{name}` is not supported with a prompt that is read in chunks.")
-
-
-def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int, num_rows: int) -> None:
+    Raises:
+        ValueError, NotImplementedError: naming the argument and what to do instead.
+    """
     check_model(model, cache)
     if any(getattr(layer, "record_past", False) for layer in cache.layers):
         raise ValueError(
@@ -182,26 +192,14 @@ def _check_readable(model: PreTrainedModel, cache: SinkCache, chunk_size: int, n
         )
     if chunk_size > 1 and not can_window(model, cache):
         raise NotImplementedError(
-            f"`prefill_chunk_size` must be 1 for this {model.config.model_type!r} model with {attention_of(model)!r} "
+            f"`{name}` must be 1 for this {model.config.model_type!r} model with {attention_of(model)!r} "
             f"attention, got {chunk_size}: its masks cannot be replaced by one that shows each token its own window."
         )
     if num_padded > 0 and any(hasattr(layer, "conv_states") for layer in cache.layers):
         raise NotImplementedError(
-            f"`prefill_chunk_size` must be left out for a padded batch: this {model.config.model_type!r} model tells "
+            f"`{name}` must be left out for a padded batch: this {model.config.model_type!r} model tells "
             "pads from tokens in its first chunk only. Read the rows one by one."
         )
-
-
-def check_chunk_size(chunk_size: Any) -> None:
-    """Check the number of tokens that are read at once.
-
-    Raises:
-        TypeError, ValueError: naming the argument and its value.
-    """
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
-        raise TypeError(f"`prefill_chunk_size` must be an int, got {chunk_size!r}.")
-    if chunk_size < 1:
-        raise ValueError(f"`prefill_chunk_size` must be at least 1, got {chunk_size}.")
 
 
 def default_chunk_size(model: PreTrainedModel, cache: SinkCache) -> int:

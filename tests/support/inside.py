@@ -234,7 +234,7 @@ FILES = attention_sinks.files
 
 def ids_of(session: SinkSession) -> list[int]:
     """The tokens that the cache counts, and those that it has still to read."""
-    return session._ids
+    return session._transcript.ids
 
 
 def thread_of(session: SinkSession) -> Any:
@@ -244,7 +244,7 @@ def thread_of(session: SinkSession) -> Any:
 
 def age_session(session: SinkSession, tokens: int) -> None:
     """Let a session have forgotten `tokens` more tokens."""
-    session._forgotten += tokens
+    session._transcript.forgotten += tokens
 
 
 def pending_length(detokenizer: Detokenizer) -> int:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ from .positions import TokenPositions
 ACCURATE_POSITIONS = 2**15
 # ... and from here on by 1 %.
 COARSE_POSITION = 2**20
-# bfloat16 rounds by less than this part of a number.
-ROUNDING = 2**-7
+# What rounding may change between rows of a batch, relative to the largest value.
+ROUNDING = 2**-6
+# How a batch goes on after a common text.
+ROW_BY_ROW = (
+    "Pads after the first prompt cannot be hidden: continue each row by itself, without pads, with a copy of the cache "
+    "(`copy.deepcopy(cache)`; `batch_select_indices` chooses a row)"
+)
 
 
 def check_agreement(key_states: Tensor, value_states: Tensor) -> None:
@@ -62,6 +68,72 @@ def _heads(states: Tensor) -> tuple[int, int, int]:
     """Return batch size, number of heads and head dimension."""
     batch_size, num_heads, _, head_dim = states.shape
     return batch_size, num_heads, head_dim
+
+
+def check_no_pads(positions: TokenPositions, start: int, key_states: Tensor, value_states: Tensor) -> None:
+    """Check that there are no pads among new tokens but those that are known.
+
+    `generate` puts all pads at one position, so that the states of two in a row are equal. Those of other tokens are
+    not, where states rotate, unless they are zero: such tokens count as pads at the start of a chunk, and at the end of
+    the first one.
+    """
+    check_agreement(key_states, value_states)
+    first = max(positions.known_length(len(key_states)) - start - 1, 0)
+    keys, values = key_states[:, :, first:], value_states[:, :, first:]
+    if keys.shape[2] < 2:
+        return
+    # Almost always the first head suffices.
+    for heads in (slice(1), slice(None)):
+        equal = torch.stack([(x[:, heads, 1:] == x[:, heads, :-1]).all(dim=3).all(dim=1) for x in (keys, values)])
+        if not (equal := equal.all(dim=0)).any():
+            return
+    counts = (keys[:, :, 1:] != 0).any(dim=3).any(dim=1)
+    counts[:, 0] |= first == 0
+    counts[:, -1] |= start == 0
+    tokens = (equal & counts).any(dim=0).nonzero()
+    if len(tokens) > 0:
+        token = start + first + int(tokens[0])
+        _refuse_pads(token, is_first_prompt=start == 0)
+
+
+def _refuse_pads(token: int, is_first_prompt: bool) -> NoReturn:
+    where = f"are equal for the tokens {token} and {token + 1}" if token > 0 else "start with two equal tokens"
+    remedy = "Tell the cache of it: `SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, "
+    remedy += "which does."
+    if not is_first_prompt:
+        remedy = f"{ROW_BY_ROW}. If they are text, call `sink_generate` with an `attention_mask` of ones."
+    elif token > 0:
+        remedy = f"Set the tokenizer's `padding_side` to 'left'. {remedy} If they are text, give it a mask of ones."
+    raise ValueError(f"`key_states` {where}, as only padding does. {remedy}")
+
+
+def num_repeats(num_rows: int, key_states: Tensor, is_compiling: bool) -> int:
+    """Return how often each row of a mask with `num_rows` rows is repeated in a batch, for beams and several answers.
+
+    Repeated rows begin with the same pads. (While the model is compiled that cannot be checked.)
+    """
+    repeats, rest = divmod(len(key_states), num_rows)
+    if rest == 0 and not is_compiling:
+        rows = key_states[:, 0].unflatten(0, (num_rows, repeats))
+        first = rows[:, :1, :1]
+        is_pad = ((rows - first).abs() <= ROUNDING * first.abs().amax(dim=3, keepdim=True)).all(dim=3)
+        length = is_pad.long().cumprod(dim=2).sum(dim=2)
+        rest = int((length != length[:, :1]).any())
+    if rest != 0:
+        raise ValueError(
+            f"`attention_mask` must have a row for each of the {len(key_states)} sequences, or for each group of equal "
+            f"padding, got {num_rows}."
+        )
+    return repeats
+
+
+def refuse_empty(seen: int) -> NoReturn:
+    """Refuse a forward pass without tokens, which `generate` begins if a text and its mask were cut alike."""
+    raise ValueError(
+        f"`input_ids` must bring new tokens, got none after {seen}. `generate` takes a text as long as its "
+        "`attention_mask` for the whole text, and drops as many tokens as were seen: do not cut it. Or give new tokens "
+        "alone, with an `attention_mask` for all that were seen and the new ones."
+    )
 
 
 def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[[Tensor], Tensor] | None) -> None:

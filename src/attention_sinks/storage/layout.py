@@ -208,7 +208,8 @@ class PaddedLayout(Layout):
 
     Token `t` of row `b` stands in column `t + left_padding[b]`, and the mask of `generate` covers the last columns. So
     the slots of a row that hold no token must be its first ones: its tokens fill the slots from `left_padding[b]` to W
-    in order, then the slots before from right to left. From then on the ring goes round.
+    in order, then the slots before from right to left. From then on the ring goes round. Until a token takes its slot,
+    a pad lies in the slot of its column: a mask hides it, but attention of other pads may see it.
     """
 
     evicts_together = False
@@ -252,6 +253,8 @@ class PaddedLayout(Layout):
     def kept_in_order(
         self, slots: Tensor, seen: int, num_evicted: int, sinks: Tensor | None, once: Once
     ) -> list[Tensor]:
+        if num_evicted == 0:
+            return [slots[:, :, :seen]]  # each column in its own slot
         length, device = seen - num_evicted, slots.device
 
         def function() -> Tensor:
@@ -305,6 +308,10 @@ class PaddedLayout(Layout):
         ring_length = self.window_length - self.num_sink_tokens
         laps = (end - 1 - tokens).clamp(min=0) // ring_length
         tokens = torch.where(tokens < self.num_sink_tokens, tokens, tokens + ring_length * laps)
+        if length == self.window_length and seen < self.positions.max_padding:
+            # Where no token lies yet, the pad of that column.
+            pads = torch.arange(length, device=device) - padding
+            tokens = torch.where((tokens >= end) & (pads < 0), pads, tokens)
         source = tokens + padding - seen
         return (source >= 0) & (tokens < end), source.clamp(0, query_length - 1)
 

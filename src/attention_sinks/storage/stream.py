@@ -1,7 +1,7 @@
 """The stream of a cache: its layers, the plan of the current forward pass, and what is checked once per pass."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,19 +14,23 @@ from .checks import (
     ACCURATE_POSITIONS,
     COARSE_POSITION,
     check_limit,
+    check_no_pads,
     check_rebased,
     check_states,
     check_window,
     layer_of_another_model,
+    num_repeats,
+    refuse_empty,
     warn_of_coarse_positions,
 )
+from .damage import DamageFinder
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
 from .layout import Layout, layout_of
 from .mixed import HybridSinkLayer, IndexedSinkLayer
 from .plan import UpdatePlan, WindowedPlan
-from .positions import TokenPositions, starts_with_pads
+from .positions import TokenPositions
 from .static import CompilePolicy, StaticPlan
 
 
@@ -55,12 +59,10 @@ class Stream:
         self.last: SinkLayer = self.layers[self._last_idx]
         self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
+        self._first_rotating_idx = spec.first_rotating_layer
         self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self.first_attention_idx = min(self.attention_indices)
-        self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
-        # Layers of cross-attention to an image: a pass updates all of them, or none.
-        self._image_layers = [self.layers[i] for i in self.attention_indices.difference(spec.text_layers)]
-        self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
+        self._damage = DamageFinder(self.layers, spec.text_layers)
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
 
@@ -174,8 +176,8 @@ class Stream:
         else:
             if layer_idx == self._first_idx:
                 self.watch.begin_pass(query_length)
-            if not layer.is_initialized or plan.start == 0:
-                plan = self._check_first_states(plan, layer_idx, key_states, value_states)
+            if query_length > 1 or plan.start == 0:
+                plan = self._check_padding(plan, layer_idx, key_states, value_states)
             change = self._update_at_pass_boundary if is_last or layer.pending is not None else SinkLayer.update
             if self.policy.is_compiling:
                 returned = change(layer, key_states, value_states, plan)
@@ -191,36 +193,32 @@ class Stream:
         self.policy.expect_compiled_steps()
         self.groups.count_step()
 
-    def _check_first_states(
-        self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor
-    ) -> UpdatePlan:
-        """Check the first states of a stream before a layer takes them."""
-        if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
-            plan = self._plan = self._new_plan(self.first, plan.start, plan.query_length, plan.rebased, plan.all_slots)
-        # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
-        is_known = plan.start > 0 or self.layout.positions.num_rows > 0 or self.policy.is_compiling
-        if layer_idx != self.spec.first_rotating_layer or is_known:
-            return plan
-        if starts_with_pads(key_states, value_states):
-            self.reset()  # layers before this one took the prompt already
-            raise ValueError(
-                "`key_states` start with two equal tokens, as only padding does. Tell the cache of it: "
-                "`SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, which does."
-            )
+    def _check_padding(self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor) -> UpdatePlan:
+        """Check, before a layer takes new tokens, that what is known of padding holds for them; return their plan."""
+        layer, positions, is_first = self.layers[layer_idx], self.layout.positions, plan.start == 0
+        # Who announced the pass knows the padding. Tokens that may be taken back belong to a single row.
+        is_known = plan.rebased or self.policy.is_compiling or (layer.record_past and not is_first)
+        may_be_pads = layer_idx == self._first_rotating_idx and not is_known
+        if may_be_pads and layer.is_initialized:
+            check_states(layer.keys, layer.values, key_states, value_states)
+        try:
+            if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
+                rebased, all_slots = plan.rebased, plan.all_slots
+                plan = self._plan = self._new_plan(self.first, 0, plan.query_length, rebased, all_slots)
+            if may_be_pads:
+                check_no_pads(self.layout.positions, plan.start, key_states, value_states)
+        except ValueError:
+            if is_first and layer_idx != self.spec.text_layers[0]:  # layers before this one took the prompt already
+                self.reset(positions)
+            raise
         return plan
 
-    def _repeat_padding(self, batch_size: int) -> bool:
+    def _repeat_padding(self, key_states: Tensor) -> bool:
         """Repeat the rows of the padding for beams and several answers to a prompt; return True if that was needed."""
         positions = self.layout.positions
-        num_rows = positions.num_rows or batch_size
-        if num_rows == batch_size or self.first.is_initialized:
+        if positions.num_rows in (0, len(key_states)) or self.first.is_initialized:
             return False
-        repeats, rest = divmod(batch_size, num_rows)
-        if rest != 0:
-            raise ValueError(
-                f"`attention_mask` must have a row for each of the {batch_size} sequences, or for each group of equal "
-                f"length, got {num_rows}."
-            )
+        repeats = num_repeats(positions.num_rows, key_states, is_compiling=self.policy.is_compiling)
         self.set_positions(positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
         return True
 
@@ -285,6 +283,8 @@ class Stream:
 
     def mask_sizes(self, query_length: int, layer: SinkLayer) -> tuple[Any, Any]:
         """Return the number of keys and the position of the first one, see `SinkCache.get_mask_sizes`."""
+        if query_length == 0:
+            refuse_empty(layer.get_seq_length())
         plan = self.plan_for(layer, query_length, announcing=True)
         if isinstance(plan, StaticPlan) and plan.needs_count:
             return plan.kv_length, plan.offset_after(layer.get_seq_length())
@@ -327,25 +327,6 @@ class Stream:
         self.sync()
         self._guard.check(self._damage)
 
-    def _damage(self, parts: Iterable[tuple[str, int, int]]) -> str | None:
-        """Return which layers do not belong together any more, or None."""
-        last = self.spec.text_layers[-1]
-        if isinstance(self.layers[last], LinearAttentionLayer):
-            with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
-            if with_recurrent_state and last not in with_recurrent_state:
-                return f"in layer {last}"
-        lengths = {
-            layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
-            for layer in self._counting_layers
-        }
-        if len({layer.get_seq_length() for layer in self._image_layers}) > 1:
-            return "before the last layer that attends to an image"
-        # Some layers share the indexer of another; their own one is never initialized.
-        lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
-        if len(lengths) > 1:
-            return f"between two layers: they have seen {' and '.join(map(str, sorted(lengths)))} tokens"
-        return None
-
     # --- the end of the positions
 
     def positions_left(self, seen: int | None = None) -> int:
@@ -382,8 +363,8 @@ class Stream:
                 self.sync()
                 self.check_limit(self.first.get_seq_length(), 1)
 
-    def reset(self) -> None:
-        """Drop the states of all layers and begin a new stream, whose rows are not padded."""
+    def reset(self, positions: TokenPositions | None = None) -> None:
+        """Drop the states of all layers and begin a new stream, whose rows are not padded if no `positions` say so."""
         self._guard.begin_reset()
         for layer in self.layers:
             if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
@@ -394,7 +375,7 @@ class Stream:
                 layer.keys = layer.values = None
                 layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
             layer.reset()
-        self.restart(TokenPositions())
+        self.restart(positions or TokenPositions())
 
 
 def _build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
