@@ -143,6 +143,14 @@ class StreamCache(Cache):
         changes.move(self._stream, device, dtype)
         return self
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring back what `offload` moved to the CPU, of the first layer with attention from `layer_idx` on.
+
+        `only_non_sliding` leaves out layers that `offload` leaves where they are.
+        """
+        kept = self._stream.sink_indices if only_non_sliding else self._stream.attention_indices
+        self.layers[min((i for i in kept if i >= layer_idx), default=min(kept))].prefetch()
+
     def reset(self) -> None:
         """Start a new stream, of another batch if need be, whose rows are not padded."""
         self._stream.reset()
