@@ -21,6 +21,7 @@ from .compat import PassWatch
 from .rope import Rotation
 from .storage import changes, checkpoint
 from .storage.columns import token_indices
+from .storage.coordinates import Coordinates
 from .storage.groups import Plan
 from .storage.positions import TokenPositions, left_padding_of, token_positions
 from .storage.stream import Stream
@@ -43,7 +44,8 @@ class SinkCache(StreamCache):
         num_sink_tokens: the number of first tokens that are never evicted; `0` is plain window attention.
         rotation: the rotation of the cached keys, for models that cannot be measured, such as those with code of their
             own (`trust_remote_code`). It is not checked.
-        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left.
+        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left, or
+            of ones to say that they are not.
 
     Layers with a sliding window of at most `window_length`, and layers without attention, are those of `DynamicCache`.
 
@@ -155,6 +157,13 @@ class SinkCache(StreamCache):
         """At which positions the tokens of each row stand; makes `position_ids` and padding masks."""
         return self._stream.layout.positions
 
+    def text_positions(self, like: Tensor) -> Tensor:
+        """Return the positions of text that follows, as the model needs them, shaped `[rows, n]` like `like`."""
+        seen, coordinates, positions = self.get_seq_length(), self.coordinates, self.token_positions
+        if coordinates is not None:
+            return coordinates.before(seen).text(like.shape[1]).to(like.device)
+        return positions.position_ids(positions.true_positions(seen, like))
+
     @property
     def position_offsets(self) -> int | Tensor:
         """How much lower positions are than `generate` counts them, for all rows or for each one, `[batch_size]`."""
@@ -206,7 +215,7 @@ class SinkCache(StreamCache):
         No key is rounded by that more than once in its life, since two windows lie in between, unless positions end
         before that.
         """
-        if self._stream.needs_rebase(query_length):
+        if changes.needs_rebase(self._stream, query_length):
             self.rebase()
 
     def announce_padding(self, attention_mask: Tensor) -> None:
@@ -242,23 +251,29 @@ class SinkCache(StreamCache):
         """True if a chunk can be read with a window for each of its tokens: all layers are plain sink layers."""
         return self._spec.supports_windowed_chunks
 
-    def announce(self, query_length: int, windowed: bool = False) -> Plan:
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """The coordinates of the last tokens, or None if all tokens of the stream are counted as text."""
+        return self._stream.coordinates
+
+    def announce(self, query_length: int, windowed: bool = False, positions: Tensor | None = None) -> Plan:
         """Return the plan of the coming pass of `query_length` tokens. Call `drop_plan` after the pass.
 
-        The caller gives the model positions as `token_positions` counts them. If `windowed`, each query of the chunk
-        sees its own window, by a mask that the caller makes from the plan.
+        The caller gives the model positions as `token_positions` counts them, or, if they are not those of text,
+        `positions`, `[num_axes, batch_size, query_length + 1]`, of which the last is that of text that would follow. If
+        `windowed`, each query of the chunk sees its own window, by a mask that the caller makes from the plan.
         """
-        return self._stream.announce(query_length, windowed)
+        return self._stream.announce(query_length, windowed, positions)
 
     def drop_plan(self) -> None:
         """Forget a pass that was announced, if it did not take place."""
         self._stream.drop_plan()
 
     @contextlib.contextmanager
-    def announced(self, query_length: int, windowed: bool = False) -> Iterator[Plan]:
+    def announced(self, query_length: int, windowed: bool = False, positions: Tensor | None = None) -> Iterator[Plan]:
         """Announce the pass inside, see `announce`."""
         try:
-            yield self.announce(query_length, windowed)
+            yield self.announce(query_length, windowed, positions)
         finally:
             self.drop_plan()
 

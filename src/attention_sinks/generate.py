@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateOutput
 from .architecture.spec import check_int
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
+from .grids import following, grid_positions, rope_index_of
 from .guidance import guided
 from .inputs import check_is_text, check_prompt, check_vocabulary, not_text
 from .models import Replacement, unwrapped, view_of
@@ -96,13 +97,14 @@ def sink_generate(
     if embeds is not None:
         attention_mask = mask_of_embeds(cache, embeds, attention_mask)
     with _padding_announced(cache, None if is_started else attention_mask):
-        text = None
+        text = grids = None
         generate_kwargs["attention_mask"] = attention_mask
         if ids is not None:
             text = text_for(cache, ids, attention_mask, settings)
             _check_text(cache, text, settings)
             generate_kwargs["attention_mask"] = text.attention_mask
-            if text.needs_positions and takes_positions(inner):
+            grids = grid_positions(inner, cache, text, generate_kwargs)
+            if rope_index_of(inner) is not None or (text.needs_positions and takes_positions(inner)):
                 generate_kwargs["position_ids"] = cache.token_positions.true_positions(text.num_omitted, ids)
             chunk_size = chunk_size or _default_chunk_size(inner, cache, text)
         forward = guided(model, cache, input_ids, settings, generate_kwargs)
@@ -110,7 +112,7 @@ def sink_generate(
         cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
         if generate_kwargs.get("streamer") is not None:
             generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
-        view = view_of(model, _passes_prepared(inner, cache, text), forward)
+        view = view_of(model, _passes_prepared(inner, cache, text, grids), forward)
         try:
             with cache.watch.watching():
                 return _generate(view, input_ids, cache, generate_kwargs)  # type: ignore[no-any-return]
@@ -187,12 +189,6 @@ def _check_call(
             f"`{unsupported}` is not supported, got {settings[unsupported]!r:.80}: this way of decoding has caches of "
             "its own. Leave it out; sampling, beam search, assistant models and prompt lookup are supported."
         )
-    name = not_text(generate_kwargs)
-    if name is not None and "mrope_section" in str(model.config.to_dict()):
-        raise NotImplementedError(
-            f"`{name}` is not supported: this {model.config.model_type!r} model gives images positions in several "
-            "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
-        )
 
 
 def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int) -> None:
@@ -264,15 +260,17 @@ def _begin(
         cache.batch_repeat_interleave(num_repeats)
 
 
-def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replacement:
+def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Tensor | None) -> Replacement:
     """Return what prepares the passes of `generate`: positions come from the cache, and each pass is announced to it.
 
     Args:
         model: the model inside its wrappers.
         cache: that of the call.
         text: the prompt, if it has token ids.
+        grids: the positions of what is new of the prompt, if they are not those of text, see `grid_positions`.
     """
     name, can_lower, asks_mask = cache_name(), takes_positions(model), asks_for_masks(model)
+    has_grids, start = rope_index_of(model) is not None, cache.get_seq_length()
 
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get(name) is not cache:
@@ -304,11 +302,18 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replace
             raise DriftError(
                 f"`generate` gives the model {new.shape[1]} tokens where {num_unread} are new to the cache"
             )
-        if new.shape[1] != query_length:
-            cache.announce(new.shape[1])
+        positions = None
+        if grids is not None and seen == start:
+            positions = following(grids, cache.text_positions(new[:, :1]), new.shape[1])
+        if positions is not None or new.shape[1] != query_length:
+            cache.announce(new.shape[1], positions=positions)
         # Reading positions on another device would wait for it: two passes show how `generate` counts.
         is_checked = new.device.type == "cpu" or cache.watch.passes < 2
-        _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
+        if has_grids:
+            text_positions = cache.text_positions(new).expand(3, -1, -1)
+            inputs["position_ids"] = text_positions if positions is None else positions[:, :, :-1]
+        else:
+            _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs  # type: ignore[no-any-return]

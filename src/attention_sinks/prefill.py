@@ -15,6 +15,7 @@ from .architecture.settings import check_config, config_state
 from .architecture.spec import check_int
 from .cache import SinkCache
 from .compat import DriftError, checkpointing_drops_cache, chosen_cache, with_cache
+from .grids import rope_index_of
 from .inputs import check_model_arguments, check_token_ids, check_vocabulary
 from .models import unwrapped, view_of
 from .prompt import GenerationSettings, check_no_pad_ids
@@ -115,7 +116,8 @@ def run_pass(
     positions = cache.token_positions
     arguments = {**model_kwargs, **with_cache(model.forward, cache), "use_cache": True}
     if takes_positions(model):
-        arguments["position_ids"] = positions.position_ids(positions.true_positions(seen, input_ids))
+        text = cache.text_positions(input_ids)
+        arguments["position_ids"] = text if rope_index_of(model) is None else text.expand(3, -1, -1)
     elif positions.offset > 0:
         raise DriftError("the model takes no `position_ids`, by which positions are lowered")
     with cache.watch.watching(), cache.announced(query_length, windowed) as plan:

@@ -90,7 +90,7 @@ def mask_of_first(
         ValueError: if the mask has another shape than the prompt, or if nothing tells pads from text.
     """
     if attention_mask is not None:
-        if attention_mask.ndim == 2 and attention_mask.shape != input_ids.shape:
+        if getattr(attention_mask, "ndim", 0) == 2 and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of the prompt, {[*input_ids.shape]}, got "
                 f"{[*attention_mask.shape]}."
@@ -215,6 +215,10 @@ def text_for(cache: SinkCache, input_ids: Tensor, attention_mask: Tensor | None,
     seen, length, positions = cache.get_seq_length(), input_ids.shape[1], cache.token_positions
     if seen == 0:
         _check_rows("input_ids", input_ids, cache)
+        if attention_mask is None and (told := positions.known_length(len(input_ids))) > length:
+            raise ValueError(
+                f"`input_ids` must be the prompt whose mask the cache was told, of {told} tokens or more, got {length}."
+            )
         mask = positions.mask(0, input_ids) if attention_mask is None else attention_mask
         return Text(input_ids, mask, 0, length)
     mask_length = length if attention_mask is None else attention_mask.shape[1]

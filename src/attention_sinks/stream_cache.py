@@ -43,7 +43,7 @@ class StreamCache(Cache):
 
         Raises:
             ValueError: if batch size, heads, head dimension, dtype or device differ from what is stored, if the stream
-                reaches the end of the positions, or if the first prompt is left-padded. Nothing is changed then.
+                reaches the end of the positions, or if there are pads that nobody announced. Nothing is changed then.
             RuntimeError: if an earlier forward pass, or a change of the cache, was interrupted half-way.
         """
         stream = self._stream
@@ -54,7 +54,7 @@ class StreamCache(Cache):
                 stream.reset()
             raise layer_of_another_model(self.layers, layer_idx)
         layer = self.layers[layer_idx]
-        stream.check_like_sink_layers(layer, key_states)
+        stream.check_like_sink_layers(layer_idx, key_states, value_states)
         return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

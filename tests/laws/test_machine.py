@@ -64,10 +64,14 @@ class Branch:
     # States that an update returned under autograd, which nothing may overwrite, and copies of them.
     given: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False) -> None:
-        """Run the part of a forward pass that concerns the cache, and check what its queries see."""
+    def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False, repeats: int = 1) -> None:
+        """Run the part of a forward pass that concerns the cache, and check what its queries see.
+
+        `repeats`: how many rows beside each other get the same tokens, as beams get a prompt.
+        """
         cache, stream, layers = self.cache, self.stream, self.stream.model.layers
         chunk = stream.new_tokens(query_length, self.source)
+        chunk = [[*chunk[i - i % repeats]] for i in range(len(chunk))]
         self.check_sizes(query_length, windowed)
         kv_lengths = [stream.announced(layer, query_length, windowed)[0] for layer in layers]
         views = stream.feed(chunk, windowed)
@@ -377,7 +381,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     def read_long_prompt(self, query_length: int) -> None:
         self.update(query_length, "no_grad")
 
-    def update(self, query_length: int, mode: str, windowed: bool = False) -> None:
+    def update(self, query_length: int, mode: str, windowed: bool = False, repeats: int = 1) -> None:
         if query_length < 1:
             return
         if mode == "inference" and self.stream.model.has_linear_layers:
@@ -387,14 +391,14 @@ class SinkCacheMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="would hide the sinks"), self.branch.lowered(query_length):
                 self.cache.get_mask_sizes(query_length, 0)
         else:
-            self.branch.update(query_length, mode, windowed)
+            self.branch.update(query_length, mode, windowed, repeats)
 
     @precondition(lambda self: not self.stream.is_initialized and self.stream.is_padded)
     @rule(repeats=st.integers(2, 3), query_length=chunk_lengths)
     def read_repeated(self, repeats: int, query_length: int) -> None:
         """Beams repeat the rows of the first prompt without a call of the cache."""
         self.stream.choose([row for row in range(len(self.stream.rows)) for _ in range(repeats)])
-        self.update(query_length, "no_grad")
+        self.update(query_length, "no_grad", repeats=repeats)
 
     # --- taking tokens back
 
@@ -552,7 +556,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     @rule()
     def refuse_pads_that_nobody_announced(self) -> None:
         """Two equal rotating states at the start can only be padding; earlier layers have stored them already."""
-        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.is_ring and layer.rotates]
+        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.rotates]
         if rotating:
             words = torch.tensor([[PAD, PAD, 5]] * len(self.stream.rows))
             with torch.no_grad():

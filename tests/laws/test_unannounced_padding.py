@@ -15,7 +15,7 @@ from transformers import DynamicCache, Qwen3MoeConfig
 
 from attention_sinks import SinkCache, sink_generate, sink_prefill
 
-from ..support.models import CACHE, build_config, build_model, random_ids, relative_error, tiny_model
+from ..support.models import CACHE, LATER, build_config, build_model, random_ids, relative_error, tiny_model
 from ..support.streams import OPTIONS, S, W, prefilled
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -120,6 +120,29 @@ def test_pads_of_a_later_prompt_are_refused_and_change_nothing(seen: int, side: 
         alone.batch_select_indices(torch.tensor([i]))
         given = generated(model, user, cache=alone, **{**PAD_IS_EOS, "eos_token_id": None})
         assert alone.get_seq_length() == seen + given.shape[1] - 1
+
+
+@pytest.mark.parametrize("seen", [0, 5, 40])
+@pytest.mark.parametrize("name", ["sliding beside full", *sorted(LATER.keys() - {"deepseek_v32"})])
+def test_layers_of_other_kinds_take_no_pads_either(name: str, seen: int) -> None:
+    """Where a layer before the first with attention has taken them, a first prompt is dropped; a later one says so."""
+    model = tiny_model(name)
+    cache, before = (SinkCache(model.config, W, S) for _ in range(2))
+    first = random_ids(seen, batch_size=2).clamp(1, PAD - 1)
+    if seen > 0:
+        for each in (cache, before):
+            model(first, **{CACHE: each})
+    ids, mask = batch_of(rows_of(3, 7))
+    whole, whole_mask = torch.cat([first, ids], 1), torch.nn.functional.pad(mask, (seen, 0), value=1)
+    with pytest.raises(ValueError, match=REFUSED) as refusal:
+        new_tokens(model, whole, whole_mask, cache)
+    if "Start a new stream with `reset()`" in str(refusal.value):
+        assert seen > 0
+        assert name != "sliding beside full"
+        with pytest.raises(RuntimeError, match="interrupted"):
+            model(first, **{CACHE: cache})
+    else:
+        check_unchanged(model, cache, before)
 
 
 def test_a_refused_prompt_leaves_what_was_announced() -> None:
@@ -331,6 +354,16 @@ def test_a_refused_call_leaves_what_the_cache_was_told() -> None:
     expected = generated(model, ids, attention_mask=mask, window_length=W, **PAD_IS_EOS)
     assert torch.equal(generated(model, ids, cache=told, **PAD_IS_EOS), expected)
     check_refused(model, ids, untold)
+
+
+def test_a_prompt_shorter_than_the_mask_that_was_told_is_refused() -> None:
+    model = llama()
+    ids, mask = batch_of(rows_of(4, 10))
+    for told in (mask, torch.ones_like(mask)):
+        cache = SinkCache(model.config, W, S, attention_mask=told)
+        with pytest.raises(ValueError, match="of 10 tokens or more, got 9"):
+            generated(model, ids[:, 1:], cache=cache, **PAD_IS_EOS)
+        generated(model, torch.cat([ids, ids[1:].repeat(2, 1)], 1), cache=cache, **PAD_IS_EOS)
 
 
 def test_prefill_refuses_pads_of_which_the_cache_was_not_told() -> None:

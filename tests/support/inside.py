@@ -158,7 +158,7 @@ def set_position_limit(cache: SinkCache, limit: int) -> None:
 
 def rebase_every(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     """Let `sink_generate` and `sink_prefill` rebase positions once they have grown by `positions`."""
-    monkeypatch.setattr(attention_sinks.storage.stream, "ACCURATE_POSITIONS", positions)
+    monkeypatch.setattr(attention_sinks.storage.changes, "ACCURATE_POSITIONS", positions)
 
 
 def age(cache: SinkCache, offset: int, rebased: bool) -> int:

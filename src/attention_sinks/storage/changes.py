@@ -1,5 +1,6 @@
 """What changes a stream between two forward passes: taken back tokens, other rows, other positions."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..compat import LinearAttentionLayer
 from ..fields import Device
+from .checks import ACCURATE_POSITIONS
 from .layers import SinkLayer
 from .mixed import select_linear_rows
 from .plan import UpdatePlan
@@ -115,7 +117,8 @@ def select_rows(stream: Stream, name: str, argument: Any, index: Tensor) -> None
             select_linear_rows(layer, index)
     stream.groups.select_rows(index)
     positions = stream.layout.positions
-    stream.set_positions(positions.select_rows(lambda rows: rows.index_select(0, index.to(rows.device))))
+    coordinates = stream.coordinates and stream.coordinates.select_rows(index)
+    stream.set_positions(positions.select_rows(lambda rows: rows.index_select(0, index.to(rows.device))), coordinates)
 
 
 def row_index(stream: Stream) -> Tensor:
@@ -125,12 +128,26 @@ def row_index(stream: Stream) -> Tensor:
     return torch.arange(stream.layout.positions.num_rows or num_stored)
 
 
+def needs_rebase(stream: Stream, query_length: int) -> bool:
+    """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
+    left, limit = stream.positions_left(), stream.spec.positions.limit
+    accurate = max(ACCURATE_POSITIONS, 2 * stream.spec.window_length)
+    return stream.spec.can_rebase and (query_length > left or limit - left >= accurate)
+
+
 def rebase(stream: Stream) -> int:
     """Lower the positions of all kept tokens by the number of evicted ones, and return it, see `SinkCache.rebase`."""
     num_evicted = stream.first.evicted_after(stream.first.get_seq_length())
+    coordinates, positions = stream.coordinates, stream.layout.positions
+    now = UpdatePlan(stream.layout, stream.first.known_length, 0, num_evicted, coordinates=coordinates)
+    shift = now.shift(torch.device("cpu"))
     for layer in stream.sink_layers():
-        layer.rebase(num_evicted, stream.layout)
-    stream.set_positions(stream.layout.positions.rebased(num_evicted))
+        layer.rebase(shift, stream.layout)
+    if coordinates is None:
+        positions = positions.rebased(num_evicted)
+    else:
+        coordinates = coordinates.before(stream.first.seen).lowered(shift.flatten())
+    stream.set_positions(positions, coordinates)
     return num_evicted
 
 
@@ -142,4 +159,5 @@ def compact(stream: Stream) -> None:
         layer.move_kept_to_front(plan)
     for layer in stream.sink_layers():
         layer.drop_evicted_from_count(num_evicted)
-    stream.set_positions(stream.layout.positions.compacted(num_evicted))
+    coordinates = stream.coordinates and replace(stream.coordinates, end=stream.coordinates.end - num_evicted)
+    stream.set_positions(stream.layout.positions.compacted(num_evicted), coordinates)

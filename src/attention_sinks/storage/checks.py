@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rope import Rotation
+from .coordinates import Coordinates
 from .plan import UpdatePlan
 from .positions import TokenPositions
 
@@ -82,6 +83,15 @@ def _heads(states: Tensor) -> tuple[int, int, int]:
     """Return batch size, number of heads and head dimension."""
     batch_size, num_heads, _, head_dim = states.shape
     return batch_size, num_heads, head_dim
+
+
+def check_batch(stored: int, dtype: torch.dtype, key_states: Tensor) -> None:
+    """Check that new keys belong to the batch of `stored` rows that other layers hold, and are of its dtype."""
+    if key_states.shape[0] != stored or key_states.dtype != dtype:
+        raise ValueError(
+            f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape {[*key_states.shape]} "
+            f"in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
+        )
 
 
 def check_no_pads(positions: TokenPositions, start: int, key_states: Tensor, value_states: Tensor) -> None:
@@ -219,8 +229,13 @@ def warn_of_coarse_positions(position: int, can_rebase: bool) -> None:
     )
 
 
-def check_rebased(positions: TokenPositions, rebased: bool) -> None:
-    """Check that the caller gives the model lower positions if the cache counts them lower."""
+def check_rebased(positions: TokenPositions, coordinates: Coordinates | None, rebased: bool) -> None:
+    """Check that the caller gives the model positions as the cache counts them, if nobody else can."""
+    if coordinates is not None and not rebased:
+        raise ValueError(
+            "The cache counts positions by the images that it has seen, which plain `generate` does not know of. "
+            "Continue it with `sink_generate` or `sink_prefill`."
+        )
     if positions.offset > 0 and not rebased:
         raise ValueError(
             f"The cache counts positions from {positions.offset} tokens on, since `sink_generate` rebased them. "

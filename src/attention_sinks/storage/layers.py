@@ -189,13 +189,13 @@ class SinkLayer(SlotLayer):
         self.num_evicted = self.evicted_after(self.seen)
         self.seen = seen
 
-    def rebase(self, num_evicted: int, layout: Layout) -> None:
-        """Rotate all states back, so that the first `num_evicted` tokens are no part of their positions any more."""
+    def rebase(self, shift: Any, layout: Layout) -> None:
+        """Rotate all states back by a number of positions, or by one for each row."""
         self.flush_pending(layout)
         if self.rotation is not None and self.is_initialized:
-            positions = layout.positions
             rotation = self.group.rotation or self.rotation
-            shift = positions.shift(num_evicted, positions.offset, rotation.inv_freq.device)
+            if isinstance(shift, Tensor):
+                shift = shift.to(rotation.inv_freq.device)
             cos, sin = rotation.cos_sin(shift, self.sinks.dtype).to(self.keys.device)
             # In pieces, for the memory that float32 takes.
             for slots in self.rotating(self.keys, self.values).split(1024, dim=2):

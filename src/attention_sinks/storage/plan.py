@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rope import Rotation
+from .coordinates import Coordinates
 from .layout import Layout, num_recent_in_window
 
 _T = TypeVar("_T")
@@ -33,6 +34,7 @@ class UpdatePlan:
         in_order: return the tokens in the order of their positions, always.
         all_slots: return all W slots for a single token, full or not, as a compiled step does.
         rebased: the caller gives the model positions as `TokenPositions.position_ids` counts them.
+        coordinates: those of the tokens after the pass, if positions are not token counts.
 
     Attributes:
         evicted: number of evicted tokens when the first query looks: by as many positions the sinks are rotated, less
@@ -52,12 +54,14 @@ class UpdatePlan:
         in_order: bool = False,
         all_slots: bool = False,
         rebased: bool = False,
+        coordinates: Coordinates | None = None,
     ) -> None:
         self.layout = layout
         self.start = start
         self.query_length = query_length
         self.all_slots = all_slots
         self.rebased = rebased
+        self.coordinates = coordinates
         overflow = start + 1 - layout.window_length
         # The shift of the first query holds for the whole pass.
         self.evicted = num_evicted_after(start + min(query_length, 1), layout.window_length, num_evicted)
@@ -120,9 +124,13 @@ class UpdatePlan:
         return self.once((rotation, dtype, device), self._cos_sin, rotation, dtype, device)
 
     def _cos_sin(self, rotation: Rotation, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return rotation.cos_sin(self._shift(rotation.inv_freq.device), dtype).to(device)
+        return rotation.cos_sin(self.shift(rotation.inv_freq.device), dtype).to(device)
 
-    def _shift(self, device: torch.device) -> Any:
+    def shift(self, device: torch.device) -> Any:
+        """Return by how many positions the sinks are rotated, a number or a tensor with one for each row."""
+        if self.coordinates is not None:
+            evicted, end = torch.tensor([self.evicted]), torch.tensor([self.end])
+            return self.coordinates.shift(self.layout, evicted, end)[:, :, None, None].to(device)
         positions = self.layout.positions
         return positions.shift(self.evicted, positions.offset, device)
 
@@ -133,23 +141,33 @@ class WindowedPlan(UpdatePlan):
     `update` returns the sinks once per query, each copy rotated for its query, then the recent tokens and the chunk.
 
     Args:
-        layout, start, query_length, num_evicted: see `UpdatePlan`.
+        layout, start, query_length, num_evicted, coordinates: see `UpdatePlan`.
         shares_buffers: let all layers return the same memory in turn: no layer reads what another one returned.
     """
 
     def __init__(
-        self, layout: Layout, start: int, query_length: int, num_evicted: int = 0, shares_buffers: bool = False
+        self,
+        layout: Layout,
+        start: int,
+        query_length: int,
+        num_evicted: int = 0,
+        shares_buffers: bool = False,
+        coordinates: Coordinates | None = None,
     ) -> None:
-        super().__init__(layout, start, query_length, num_evicted, rebased=True)
+        super().__init__(layout, start, query_length, num_evicted, rebased=True, coordinates=coordinates)
         self.overwrites = False
         self.shares_buffers = shares_buffers
         self.num_recent = num_recent_in_window(layout, start)
         self.kv_length = query_length * layout.num_sink_tokens + self.num_recent + query_length
         self.kv_offset = self.end - self.kv_length
 
-    def _shift(self, device: torch.device) -> Any:
+    def shift(self, device: torch.device) -> Any:
         """Return the shift of the sinks for each query, `[batch_size or 1, 1, query_length, 1, 1]`."""
         first = self.start + 1 - self.layout.window_length
+        if self.coordinates is not None:
+            evicted = torch.arange(first, first + self.query_length)
+            shift = self.coordinates.shift(self.layout, evicted.clamp(min=0), evicted + self.layout.window_length)
+            return shift[:, None, :, None, None].to(device)
         evicted = torch.arange(first, first + self.query_length, device=device).clamp(min=0)
         positions = self.layout.positions
         return positions.shift(evicted.view(1, 1, -1, 1, 1), positions.offset, device)

@@ -34,6 +34,10 @@ class TokenPositions:
         """Number of pads at the start of each row, `[batch_size]`, or None without padding."""
         return None
 
+    def padding_of(self, batch_size: int) -> Tensor:
+        """Return the number of pads of each row of a batch, `[batch_size]`, on the CPU."""
+        return torch.zeros(batch_size, dtype=torch.long)
+
     def known_length(self, num_rows: int) -> int:
         """Return of how many first columns of a batch of `num_rows` it is known whether they are padding."""
         return self._told[1] if self._told[0] == num_rows else 0
@@ -106,6 +110,10 @@ class PaddedTokenPositions(TokenPositions):
             with torch.inference_mode(False):
                 self._on_device[device] = self._left_padding.to(device)
         return self._on_device[device]
+
+    def padding_of(self, batch_size: int) -> Tensor:
+        # For beams and several answers to a prompt, which the cache learns of by their first states.
+        return self.padding_on(torch.device("cpu")).repeat_interleave(batch_size // self.num_rows)
 
     def known_length(self, num_rows: int) -> int:
         return max(self._told[1], self.max_padding)

@@ -127,7 +127,7 @@ class SlotLayer(CacheLayerMixin):
     @property
     def takes_static_steps(self) -> bool:
         """True if a single token can be taken in the static form now."""
-        return self._keys is not None and not self.record_past and self.pending is None and not self.groups.has_gap
+        return self.group is not None and not self.record_past and self.pending is None and not self.groups.has_gap
 
     @property
     def known_length(self) -> int:

@@ -30,6 +30,7 @@ class StaticPlan:
 
     all_slots = rotates_sinks = True
     rebased = False
+    coordinates = None
     kv_offset = 0
 
     def __init__(self, layout: Layout, is_sliding: bool) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..architecture.spec import CacheSpec
-from ..compat import DynamicIndexedLayer, LinearAttentionLayer, PassWatch
+from ..compat import LinearAttentionLayer, PassWatch
 from .checks import (
-    ACCURATE_POSITIONS,
     COARSE_POSITION,
+    check_batch,
     check_limit,
     check_no_pads,
     check_rebased,
@@ -23,12 +23,13 @@ from .checks import (
     refuse_empty,
     warn_of_coarse_positions,
 )
+from .coordinates import Coordinates, coordinates_after
 from .damage import DamageFinder
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
 from .layout import Layout, layout_of
-from .mixed import HybridSinkLayer, IndexedSinkLayer
+from .mixed import IndexedSinkLayer, build_layers, drop_states
 from .plan import UpdatePlan, WindowedPlan
 from .positions import TokenPositions
 from .static import CompilePolicy, StaticPlan
@@ -45,6 +46,7 @@ class Stream:
         layers: the layers of the cache.
         first, last: the first and the last sink layer.
         layout: the slots and positions of the batch.
+        coordinates: those of the last tokens, if positions are not token counts.
         watch: checks that a call goes the way that this library relies on.
     """
 
@@ -53,13 +55,11 @@ class Stream:
         self.watch = PassWatch()
         self.policy = CompilePolicy(spec.supports_static)
         self.groups = SinkGroups(self.policy)
-        self.layers = _build_layers(spec, self.groups)
+        self.layers = build_layers(spec, self.groups)
         self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
-        self.num_layers = len(self.layers)
         self.sink_indices = frozenset(spec.sink_layers)
-        self._first_rotating_idx = spec.first_rotating_layer
         self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
         self.first_attention_idx = min(self.attention_indices)
         self._damage = DamageFinder(self.layers, spec.text_layers)
@@ -74,8 +74,9 @@ class Stream:
         self.set_positions(positions)
         self._guard.restart()
 
-    def set_positions(self, positions: TokenPositions) -> None:
+    def set_positions(self, positions: TokenPositions, coordinates: Coordinates | None = None) -> None:
         """Let the tokens of the batch stand at other positions, or be those of another batch."""
+        self.coordinates = coordinates
         self.layout: Layout = layout_of(self.spec.window_length, self.spec.num_sink_tokens, positions)
         self._static = StaticPlan(self.layout, is_sliding=self.spec.sliding_window < torch.inf)
         self._static.set(self.last.seen)
@@ -91,14 +92,22 @@ class Stream:
 
     # --- the plan of a pass
 
-    def plan_for(self, layer: SinkLayer, query_length: int, announcing: bool = False, rebased: bool = False) -> Plan:
+    def plan_for(
+        self,
+        layer: SinkLayer,
+        query_length: int,
+        announcing: bool = False,
+        rebased: bool = False,
+        positions: Tensor | None = None,
+    ) -> Plan:
         """Return the plan of the current pass: the one that was announced, or a new one after the checks of a pass.
 
         Args:
             layer: the layer that asks.
             query_length: number of new tokens.
             announcing: True if the mask is made now, for this plan.
-            rebased: True if the caller gives the model positions as `TokenPositions.position_ids` counts them.
+            rebased: True if the caller gives the model positions as the cache counts them.
+            positions: see `announce`.
 
         Raises:
             ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
@@ -122,37 +131,52 @@ class Stream:
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            plan = self._plan = self._new_plan(layer, seen, query_length, rebased or all_slots, all_slots)
+            rebased, coordinates = (
+                rebased or all_slots,
+                coordinates_after(self.coordinates, self.layout, seen, query_length, positions),
+            )
+            plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, coordinates)
         return plan
 
     def _is_static_step(self, layer: SinkLayer) -> bool:
         """Return True if a layer takes the next single token in the static form."""
-        return layer.takes_static_steps and self.policy.expects_static(layer.group.device)
+        return self.coordinates is None and layer.takes_static_steps and self.policy.expects_static(layer.group.device)
 
-    def _new_plan(self, layer: SinkLayer, seen: int, query_length: int, rebased: bool, all_slots: bool) -> UpdatePlan:
-        check_rebased(self.layout.positions, rebased)
+    def _new_plan(
+        self,
+        layer: SinkLayer,
+        seen: int,
+        query_length: int,
+        rebased: bool,
+        all_slots: bool,
+        coordinates: Coordinates | None,
+    ) -> UpdatePlan:
+        check_rebased(self.layout.positions, self.coordinates, rebased)
         self.check_limit(seen, query_length)
         in_order = self.spec.positions.needs_temporal_order
-        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased)
+        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased, coordinates)
         check_window(plan, self.spec.sliding_window)
         return plan
 
-    def announce(self, query_length: int, windowed: bool) -> Plan:
-        """Return the plan of the coming pass, whose positions the caller takes from `TokenPositions.position_ids`.
+    def announce(self, query_length: int, windowed: bool, positions: Tensor | None = None) -> Plan:
+        """Return the plan of the coming pass, whose positions the caller takes from the cache.
 
         Args:
             query_length: number of new tokens.
             windowed: let each query of the chunk see its own window, by a mask that is made with the plan.
+            positions: of the new tokens and of the text that would follow, `[num_axes, batch_size, query_length + 1]`,
+                if they are not text.
         """
         self._plan = None
         if not windowed:
-            return self.plan_for(self.first, query_length, announcing=True, rebased=True)
+            return self.plan_for(self.first, query_length, announcing=True, rebased=True, positions=positions)
         self.sync()
         seen, evicted = self.first.known_length, self.first.num_evicted
         self.check_limit(seen, query_length)
         # The mask of the plan takes the place of the model's, whose sliding window therefore hides nothing.
         separate = self.spec.has_separate_layers
-        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, shares_buffers=separate)
+        coordinates = coordinates_after(self.coordinates, self.layout, seen, query_length, positions)
+        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, separate, coordinates)
         return self._plan
 
     def drop_plan(self) -> None:
@@ -197,18 +221,25 @@ class Stream:
         """Check, before a layer takes new tokens, that what is known of padding holds for them; return their plan."""
         layer, positions, is_first = self.layers[layer_idx], self.layout.positions, plan.start == 0
         # Who announced the pass knows the padding. Tokens that may be taken back belong to a single row.
-        is_known = plan.rebased or self.policy.is_compiling or (layer.record_past and not is_first)
-        may_be_pads = layer_idx == self._first_rotating_idx and not is_known
-        if may_be_pads and layer.is_initialized:
+        is_known = plan.rebased or self.policy.is_compiling or (self.first.record_past and not is_first)
+        may_be_pads = layer_idx == self.spec.positions.first_rotating_layer and not is_known
+        may_repeat = is_first and layer_idx == self._first_idx
+        if not (may_be_pads or may_repeat):
+            return plan
+        if may_be_pads and isinstance(layer, SinkLayer) and layer.is_initialized:
+            layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         try:
-            if is_first and layer_idx == self._first_idx and self._repeat_padding(key_states):
-                rebased, all_slots = plan.rebased, plan.all_slots
-                plan = self._plan = self._new_plan(self.first, 0, plan.query_length, rebased, all_slots)
+            if may_repeat and self._repeat_padding(key_states):
+                arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
+                plan = self._plan = self._new_plan(self.first, 0, *arguments)
             if may_be_pads:
                 check_no_pads(self.layout.positions, plan.start, key_states, value_states)
-        except ValueError:
-            if is_first and layer_idx != self.spec.text_layers[0]:  # layers before this one took the prompt already
+        except ValueError as error:
+            # Layers before this one, or a convolution beside it, took the tokens already.
+            if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
+                if not is_first:
+                    raise ValueError(f"{error} Start a new stream with `reset()`.") from error
                 self.reset(positions)
             raise
         return plan
@@ -232,6 +263,7 @@ class Stream:
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
         if layer is self.last:
+            self.coordinates = plan.coordinates
             self.policy.note_pass(plan.query_length)
             self.update_compiled_count()
         return returned
@@ -268,18 +300,17 @@ class Stream:
         """True outside of a compiled model if compiled steps have counted tokens that Python does not know of."""
         return not self.policy.is_compiling and self.groups.is_stale
 
-    def check_like_sink_layers(self, layer: Any, key_states: Tensor) -> None:
+    def check_like_sink_layers(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
-        first = self.first
+        first, layer, query_length = self.first, self.layers[layer_idx], key_states.shape[2]
         if first.is_initialized:
-            stored, dtype = first.keys.shape[0], first.group.dtype
-            if key_states.shape[0] != stored or key_states.dtype != dtype:
-                raise ValueError(
-                    f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
-                    f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
-                )
+            check_batch(first.keys.shape[0], first.group.dtype, key_states)
         if not self.policy.is_compiling:
-            self.check_limit(layer.get_seq_length(), key_states.shape[2])
+            self.check_limit(layer.get_seq_length(), query_length)
+            if layer_idx == self.spec.positions.first_rotating_layer and query_length > 1:
+                plan = self._plan if layer_idx > self._first_idx else self.plan_for(first, query_length)
+                if isinstance(plan, UpdatePlan):
+                    self._check_padding(plan, layer_idx, key_states, value_states)
 
     def mask_sizes(self, query_length: int, layer: SinkLayer) -> tuple[Any, Any]:
         """Return the number of keys and the position of the first one, see `SinkCache.get_mask_sizes`."""
@@ -293,15 +324,14 @@ class Stream:
     @property
     def expects_static_step(self) -> bool:
         """True if the next single token gets all slots."""
-        if self.first.is_initialized:
-            return self._is_static_step(self.first)
-        return self.policy.expects_static(None)
+        is_known = self.first.is_initialized
+        return self._is_static_step(self.first) if is_known else self.policy.expects_static(None)
 
     # --- a pass is whole, or the next call says so
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
-        if layer_idx >= self.num_layers:
+        if layer_idx >= len(self.layers):
             raise layer_of_another_model(self.layers, layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
@@ -319,11 +349,7 @@ class Stream:
             self.update_compiled_count()
 
     def check(self) -> None:
-        """Check that no pass and no change was interrupted.
-
-        Raises:
-            RuntimeError: if one was, or runs now.
-        """
+        """Check that no pass and no change was interrupted or runs now; a RuntimeError says so."""
         self.sync()
         self._guard.check(self._damage)
 
@@ -335,6 +361,8 @@ class Stream:
             # +1: a compiled step may have been announced but not yet run.
             steps = self._static.steps_announced + 1
             seen = self.first.seen + steps if self.groups.is_stale else self.first.get_seq_length()
+        if self.coordinates is not None:
+            return self.spec.positions.limit - int(self.coordinates.text(1).max())
         positions = self.layout.positions
         # The row with the fewest pads is the furthest.
         least = positions.min_padding
@@ -348,15 +376,9 @@ class Stream:
             self._warned_of_coarse_positions = True
             warn_of_coarse_positions(limit - left, self.spec.can_rebase)
 
-    def needs_rebase(self, query_length: int) -> bool:
-        """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
-        left = self.positions_left()
-        accurate = max(ACCURATE_POSITIONS, 2 * self.spec.window_length)
-        return self.spec.can_rebase and (query_length > left or self.spec.positions.limit - left >= accurate)
-
     def _check_static_step(self, rebased: bool, compiling: bool) -> None:
         """Check a step that will be compiled, as far as that is possible without waiting for the device."""
-        check_rebased(self.layout.positions, rebased)
+        check_rebased(self.layout.positions, self.coordinates, rebased)
         if not compiling:
             self._static.announce()
             if self.positions_left() < 1:
@@ -367,27 +389,5 @@ class Stream:
         """Drop the states of all layers and begin a new stream, whose rows are not padded if no `positions` say so."""
         self._guard.begin_reset()
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
-                LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
-            # Dropped before they would be zeroed: states of inference mode cannot be, outside of it. A layer without
-            # sinks would go on recording.
-            if isinstance(layer, DynamicLayer):
-                layer.keys = layer.values = None
-                layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
-            layer.reset()
+            drop_states(layer)
         self.restart(positions or TokenPositions())
-
-
-def _build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
-    """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
-    layers: list[Any] = list(spec.layers)
-    window = spec.window_length, spec.num_sink_tokens
-    for i in spec.sink_layers:
-        rotation = spec.positions.rotations[i]
-        if isinstance(layers[i], LinearAttentionLayer):
-            layers[i] = HybridSinkLayer(*window, rotation, groups, number_of_states=layers[i].number_of_states)
-        elif isinstance(layers[i], DynamicIndexedLayer):
-            layers[i] = IndexedSinkLayer(*window, rotation, groups, spec.positions.indexers.get(i))
-        else:
-            layers[i] = SinkLayer(*window, rotation, groups)
-    return layers
