@@ -9,7 +9,6 @@ from transformers import Cache
 from .architecture.spec import check_int
 from .fields import Device
 from .storage import changes
-from .storage.checks import layer_of_another_model
 from .storage.mixed import IndexedSinkLayer
 from .storage.stream import Stream
 
@@ -49,10 +48,8 @@ class StreamCache(Cache):
         stream = self._stream
         if layer_idx in stream.sink_indices:
             return stream.update(layer_idx, key_states, value_states)
-        if layer_idx not in stream.attention_indices:
-            if stream.first.get_seq_length() == key_states.shape[2]:  # the first pass, of which the others took all
-                stream.reset()
-            raise layer_of_another_model(self.layers, layer_idx)
+        if layer_idx not in stream.layers_with["update"]:
+            stream.refuse_layer(layer_idx, key_states.shape[2])
         layer = self.layers[layer_idx]
         stream.check_like_sink_layers(layer_idx, key_states, value_states)
         return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -66,7 +63,7 @@ class StreamCache(Cache):
         """
         stream = self._stream
         if layer_idx >= len(self.layers):
-            raise layer_of_another_model(self.layers, layer_idx)
+            stream.refuse_layer(layer_idx)
         if layer_idx == 0:  # the default of transformers, which may be a layer without attention
             layer_idx = stream.first_attention_idx
         layer = self.layers[layer_idx]
@@ -148,7 +145,7 @@ class StreamCache(Cache):
 
         `only_non_sliding` leaves out layers that `offload` leaves where they are.
         """
-        kept = self._stream.sink_indices if only_non_sliding else self._stream.attention_indices
+        kept = self._stream.sink_indices if only_non_sliding else self._stream.layers_with["update"]
         self.layers[min((i for i in kept if i >= layer_idx), default=min(kept))].prefetch()
 
     def reset(self) -> None:

@@ -55,8 +55,18 @@ if LATER:
         ValueError,
         "`layer_idx` cannot be 0: layer 0 is a Linear" + MADE_WITH,
     )
-    CASES["no convolutions"] = (("llama", {}), "lfm2", ValueError, "layer 0 of type SinkLayer")
-    CASES["no indexer"] = (("deepseek_v3", {}), "deepseek_v32", ValueError, "layer 0 which is a SinkLayer")
+    CASES["no convolutions"] = (
+        ("llama", {}),
+        "lfm2",
+        ValueError,
+        "`layer_idx` cannot be 0: layer 0 is a SinkLayer" + MADE_WITH,
+    )
+    CASES["no indexer"] = (
+        ("deepseek_v3", {}),
+        "deepseek_v32",
+        ValueError,
+        "`layer_idx` cannot be 0: layer 0 is a SinkLayer" + MADE_WITH,
+    )
     CASES["fewer layers before a convolution"] = (
         ("lfm2", {"num_hidden_layers": 1, "layer_types": ["full_attention"]}),
         "qwen3_next",

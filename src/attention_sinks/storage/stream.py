@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -60,8 +60,14 @@ class Stream:
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
         self.sink_indices = frozenset(spec.sink_layers)
-        self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
-        self.first_attention_idx = min(self.attention_indices)
+        linear = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, LinearAttentionLayer))
+        # The layers that have each part of a pass.
+        self.layers_with = {
+            "update": frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin)),
+            "update_indexer": frozenset(i for i, x in enumerate(self.layers) if hasattr(x, "update_indexer")),
+            **dict.fromkeys(("get_conv_state", "update_conv_state", "update_recurrent_state"), linear),
+        }
+        self.first_attention_idx = min(self.layers_with["update"])
         self._damage = DamageFinder(self.layers, spec.text_layers)
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
@@ -331,11 +337,18 @@ class Stream:
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
-        if layer_idx >= len(self.layers):
-            raise layer_of_another_model(self.layers, layer_idx)
+        if layer_idx not in self.layers_with[name]:
+            self.refuse_layer(layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
         return self._guard.run((name, layer_idx, state_idx), self._damage, change, *args, **kw)
+
+    def refuse_layer(self, layer_idx: int, query_length: int = 0) -> NoReturn:
+        """Refuse the states of a layer that the cache does not have, for the `query_length` tokens of a pass."""
+        is_first_pass = getattr(self._plan, "start", None) == 0 or 0 < self.first.get_seq_length() == query_length
+        if is_first_pass:  # layers before this one took the prompt already
+            self.reset(self.layout.positions)
+        raise layer_of_another_model(self.layers, layer_idx)
 
     @contextlib.contextmanager
     def changing(self, *refusals: type[Exception]) -> Iterator[None]:
