@@ -185,6 +185,15 @@ def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[
         )
 
 
+def check_not_exported() -> None:
+    """Check that the model that is traced is compiled, not exported."""
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "A SinkCache cannot be exported: its counts would be constants of the exported program. Compile the model "
+            "with `torch.compile`, or export it with a cache of `transformers`."
+        )
+
+
 def layer_of_another_model(layers: Sequence[object], layer_idx: int) -> ValueError:
     """Return the error for the states of a layer that a cache does not have."""
     there = f"layer {layer_idx} is a {type(layers[layer_idx]).__name__}" if layer_idx < len(layers) else "there is none"
