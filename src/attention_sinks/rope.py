@@ -18,14 +18,23 @@ class Rotation:
         interleaved: True if the dimensions of a pair are neighbours (`0, 1`), as in GPT-J. False if they lie half the
             rotating dimensions apart (`0, rotary_dim / 2`), as in Llama.
         in_values: True if the rotating states are cached as values, as in multi-head latent attention.
+        head_dim: number of all dimensions of such a state; None if it is not known.
     """
 
-    def __init__(self, inv_freq: Tensor, start: int = 0, interleaved: bool = False, in_values: bool = False) -> None:
+    def __init__(
+        self,
+        inv_freq: Tensor,
+        start: int = 0,
+        interleaved: bool = False,
+        in_values: bool = False,
+        head_dim: int | None = None,
+    ) -> None:
         # float64 holds the float32 frequencies of a model exactly, and their angles at any position.
         self.inv_freq = inv_freq.double()
         self.start = start
         self.interleaved = interleaved
         self.in_values = in_values
+        self.head_dim = head_dim
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rotation":
         return self  # it never changes, and compiled steps know it
@@ -60,7 +69,7 @@ class Rotation:
 
     def to(self, device: torch.device) -> "Rotation":
         """Return the same rotation with its frequencies on `device`."""
-        return Rotation(self.inv_freq.to(device), self.start, self.interleaved, self.in_values)
+        return Rotation(self.inv_freq.to(device), self.start, self.interleaved, self.in_values, self.head_dim)
 
     def rotate(self, key_states: Tensor, shift: int) -> Tensor:
         """Return keys `[..., head_dim]` moved forward by `shift` positions, as a new tensor."""

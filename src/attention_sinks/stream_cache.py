@@ -1,6 +1,6 @@
 """What `transformers` calls on a cache of which some layers keep sinks."""
 
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from .architecture.spec import check_int
 from .fields import Device
 from .storage import changes
 from .storage.checks import layer_of_another_model
-from .storage.mixed import IndexedSinkLayer
 from .storage.stream import Stream
 
 
@@ -49,10 +48,8 @@ class StreamCache(Cache):
         stream = self._stream
         if layer_idx in stream.sink_indices:
             return stream.update(layer_idx, key_states, value_states)
-        if layer_idx not in stream.attention_indices:
-            if stream.first.get_seq_length() == key_states.shape[2]:  # the first pass, of which the others took all
-                stream.reset()
-            raise layer_of_another_model(self.layers, layer_idx)
+        if layer_idx not in stream.layers_with["update"]:
+            self._refuse_layer(layer_idx, key_states.shape[2])
         layer = self.layers[layer_idx]
         stream.check_like_sink_layers(layer_idx, key_states, value_states)
         return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
@@ -66,7 +63,7 @@ class StreamCache(Cache):
         """
         stream = self._stream
         if layer_idx >= len(self.layers):
-            raise layer_of_another_model(self.layers, layer_idx)
+            self._refuse_layer(layer_idx)
         if layer_idx == 0:  # the default of transformers, which may be a layer without attention
             layer_idx = stream.first_attention_idx
         layer = self.layers[layer_idx]
@@ -91,11 +88,17 @@ class StreamCache(Cache):
         return self._stream.expects_static_step
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        stream, part = self._stream, ("update_indexer", layer_idx, 0)
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if isinstance(layer, IndexedSinkLayer):
-            return stream.run(*part, stream.update_indexer, layer, indexer_key_states)  # type: ignore[no-any-return]
-        return stream.run(*part, super().update_indexer, indexer_key_states, layer_idx)  # type: ignore[no-any-return]
+        stream = self._stream
+        if layer_idx not in stream.layers_with["update_indexer"]:
+            self._refuse_layer(layer_idx, indexer_key_states.shape[1])
+        part, layer = ("update_indexer", layer_idx, 0), self.layers[layer_idx]
+        return stream.run(*part, stream.update_indexer, layer, indexer_key_states)  # type: ignore[no-any-return]
+
+    def _refuse_layer(self, layer_idx: int, query_length: int = 0) -> NoReturn:
+        """Refuse the states of a layer that the cache does not have, for `query_length` tokens."""
+        if 0 < self._stream.first.get_seq_length() == query_length:  # layers before this one took the prompt already
+            self._stream.reset(self._stream.layout.positions)
+        raise layer_of_another_model(self.layers, layer_idx)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state of a convolution.
@@ -156,6 +159,14 @@ class StreamCache(Cache):
             raise ValueError(f"`dtype` must be a floating dtype, got {dtype}.")
         changes.move(self._stream, device, dtype)
         return self
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring back what `offload` moved to the CPU, of the first layer with attention from `layer_idx` on.
+
+        `only_non_sliding` leaves out layers that `offload` leaves where they are.
+        """
+        kept = self._stream.sink_indices if only_non_sliding else self._stream.layers_with["update"]
+        self.layers[min((i for i in kept if i >= layer_idx), default=min(kept))].prefetch()
 
     def reset(self) -> None:
         """Start a new stream, of another batch if need be, whose rows are not padded."""

@@ -80,6 +80,7 @@ CHANGES: dict[str, Change] = {
     "crop": lambda model, cache: cache.crop(-3),
     "rebase": lambda model, cache: cache.rebase(),
     "compact": lambda model, cache: cache.compact(),
+    "move": lambda model, cache: cache.to("cpu", torch.float32),
     "reset": lambda model, cache: cache.reset(),
 }
 
@@ -153,6 +154,14 @@ def test_a_forward_pass_interrupted_at_any_line_is_exact_or_noticed(name: str, s
     assert refused > 0, "between layers"
 
 
+def test_a_token_after_replaced_states_interrupted_at_any_line_is_exact_or_noticed() -> None:
+    model = tiny_model("llama")
+    cache = started(model, [20, 1])
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.double(), layer.values.double()
+    check_everywhere(model, cache, CHANGES["a token"])
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("change", ["a token", "a chunk"])
 @pytest.mark.parametrize("lengths", [[10], [10, *[1] * 12]], ids=["with pads", "past them"])
@@ -164,7 +173,7 @@ def test_a_padded_forward_pass_interrupted_at_any_line_is_exact_or_noticed(chang
 BETWEEN = [
     *itertools.product(
         ["llama", "deepseek_v3", *sorted(LATER.keys() - {"qwen3_next", "lfm2"})],
-        ["reorder", "select", "crop", "rebase", "compact", "reset"],
+        ["reorder", "select", "crop", "rebase", "compact", "move", "reset"],
     )
 ]
 

@@ -79,6 +79,27 @@ def buffers(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
     return layer.keys, layer.values, layer.sinks
 
 
+def tensors(cache: SinkCache) -> dict[str, Tensor]:
+    """All tensors that the layers of a cache hold, and their sinks as they were before rotation, by name."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, each in items:
+                add(f"{name}.{key}", each)
+
+    rings = sink_layers(cache)
+    for i, layer in enumerate([*rings, *(layer for layer in cache.layers if not isinstance(layer, SinkLayer))]):
+        for name, value in vars(layer).items():
+            add(f"{i}.{name}", value)
+        if layer in rings and layer.is_initialized and layer.rotation is not None:
+            found |= {f"{i}.sinks": layer.sinks, f"{i}.count": layer.group.count, f"{i}.offset": layer.group.offset}
+    return found
+
+
 def rotation_of(layer: Any) -> Rotation | None:
     rotation: Rotation | None = layer.rotation
     return rotation

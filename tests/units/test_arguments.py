@@ -267,3 +267,36 @@ def test_what_is_read_in_chunks_is_text_for_the_rows_of_the_cache_and_is_not_rec
         cache.activate_past_recording()  # type: ignore[no-untyped-call]
         with pytest.raises(ValueError, match="`cache` must not record what it evicts"):
             next(sink_prefill(model, random_ids(5), cache))
+
+
+def test_rows_of_an_empty_cache_are_left_alone_and_others_are_named() -> None:
+    model = tiny_model("llama")
+    cache = SinkCache(model.config, W, S)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([0, 1]))
+    update(cache, [0, 1, 2], batch_size=2)
+    for indices in (torch.tensor([0, 2]), torch.tensor([-3]), torch.tensor([0.5])):
+        with pytest.raises(IndexError, match="`indices` must be of the 2 rows that the cache holds"):
+            cache.batch_select_indices(indices)
+    update(cache, [3], batch_size=2)
+    cache.batch_select_indices(torch.tensor([True, False]))
+    assert cache.num_rows == 1
+
+
+@pytest.mark.parametrize("tokens", [[], [0, 1, 2]])
+def test_an_export_is_refused_in_words(tokens: list[int]) -> None:
+    class Exported(torch.nn.Module):
+        def __init__(self, cache: SinkCache) -> None:
+            super().__init__()
+            self.cache = cache
+
+        def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return self.cache.update(keys, values, 0)[0]
+
+    cache = SinkCache(CONFIG, W, S)
+    if tokens:
+        update(cache, tokens)
+    with pytest.raises(NotImplementedError, match="A SinkCache cannot be exported.*`torch.compile`"):
+        torch.export.export(Exported(cache), states_of([3]), strict=False)
+    assert cache.get_seq_length() == len(tokens)

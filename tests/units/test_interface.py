@@ -25,7 +25,7 @@ INTERFACES: list[tuple[str, type, set[str]]] = [
         {
             "activate_past_recording", "batch_size", "early_initialization", "get_recurrent_state", "get_seq_length",
             "has_previous_state", "is_croppable", "is_dummy", "is_initialized", "is_linear", "is_recording_past",
-            "is_sliding", "offload", "prefetch",
+            "is_sliding", "offload",
         },
     ),
     ("CacheLayerMixin", SinkLayer, OF_A_LAYER),

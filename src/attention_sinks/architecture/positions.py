@@ -354,7 +354,7 @@ def fit_rotation(states: Tensor, positions: list[int], candidates: list[Rotation
         return float((rotated - states).norm() / states.norm())
 
     # The best and not the first: two kinds of layers may have frequencies that differ by little.
-    fitting = [rotation for rotation in candidates if rotation.start + rotation.rotary_dim <= states.shape[-1]]
+    fitting = [rotation for rotation in candidates if rotation.head_dim == states.shape[-1]]
     best = min(fitting, key=error, default=None)
     return best if best is not None and error(best) < STATES_TOLERANCE else Refusal(REASON_FREQUENCIES)
 
@@ -362,12 +362,13 @@ def fit_rotation(states: Tensor, positions: list[int], candidates: list[Rotation
 def _candidates(frequencies: list[Tensor], head_dims: set[int], in_values: bool) -> list[Rotation]:
     """Return every rotation that states of `head_dims` dimensions could have: whole, or partial at either end."""
     return [
-        Rotation(signed, start, interleaved, in_values)
+        Rotation(signed, start, interleaved, in_values, head_dim)
         for inv_freq in frequencies
         for signed in (inv_freq, -inv_freq)
-        for start in sorted({0} | {head_dim - 2 * inv_freq.numel() for head_dim in head_dims})
+        for head_dim in head_dims
+        for start in sorted({0, head_dim - 2 * inv_freq.numel()})
         for interleaved in (False, True)
-        if start >= 0
+        if head_dim >= 2 * inv_freq.numel()
     ]
 
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..rope import Rotation
 from .coordinates import Coordinates
 from .plan import UpdatePlan
 from .positions import TokenPositions
@@ -63,6 +64,19 @@ def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states:
                 f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
                 f"{states.device}. Move the cache with `to({str(states.device)!r}, {states.dtype})`, or call `reset()`."
             )
+
+
+def check_head_dim(rotation: Rotation | None, states: Tensor) -> None:
+    """Check that the first states of a layer have the dimensions that its rotation is made for."""
+    if rotation is None:
+        return
+    head_dim, least = states.shape[-1], rotation.start + rotation.rotary_dim
+    if head_dim < least or rotation.head_dim not in (None, head_dim):
+        name = "value_states" if rotation.in_values else "key_states"
+        raise ValueError(
+            f"`{name}` must have head dimension {rotation.head_dim or f'at least {least}'}, as the `config` of the "
+            f"cache says, got {head_dim}. Make the cache with the config of this model, `SinkCache(model.config)`."
+        )
 
 
 def _heads(states: Tensor) -> tuple[int, int, int]:
@@ -168,6 +182,15 @@ def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[
         raise ValueError(
             f"`{name}` of a layer must keep the sinks, of which the cache has copies as they were fed: others would be "
             "lost. To change rows, call `batch_select_indices` or `reorder_cache` of the cache."
+        )
+
+
+def check_not_exported() -> None:
+    """Check that the model that is traced is compiled, not exported."""
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            "A SinkCache cannot be exported: its counts would be constants of the exported program. Compile the model "
+            "with `torch.compile`, or export it with a cache of `transformers`."
         )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..rope import Rotation
-from .checks import check_replacement
+from .checks import check_head_dim, check_replacement
 from .groups import SinkGroup, SinkGroups
 from .plan import num_evicted_after
 
@@ -163,6 +163,7 @@ class SlotLayer(CacheLayerMixin):
         return seen + query_length - kv_offset, kv_offset
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        check_head_dim(self.rotation, self.rotating(key_states, value_states))
         # Outside of inference mode, whose tensors could not be written to later.
         with torch.inference_mode(False):
             self._keys = _empty_slots(key_states, self.window_length)

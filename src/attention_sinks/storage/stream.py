@@ -15,6 +15,7 @@ from .checks import (
     check_batch,
     check_limit,
     check_no_pads,
+    check_not_exported,
     check_rebased,
     check_states,
     check_window,
@@ -60,8 +61,8 @@ class Stream:
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
         self.sink_indices = frozenset(spec.sink_layers)
-        self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
-        self.first_attention_idx = min(self.attention_indices)
+        self.layers_with = _layers_with_each_part(self.layers)
+        self.first_attention_idx = min(self.layers_with["update"])
         self._damage = DamageFinder(self.layers, spec.text_layers)
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
@@ -113,6 +114,8 @@ class Stream:
             ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
         """
         plan, compiling = self._plan, self.policy.is_compiling
+        if compiling:
+            check_not_exported()
         # Where layers are compiled one by one, the mask was made outside, for the plan that was announced there.
         may_be_static = announcing or (compiling and plan is not None and plan.all_slots)
         if may_be_static and query_length == 1 and self._is_static_step(layer):
@@ -125,10 +128,8 @@ class Stream:
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            rebased, coordinates = (
-                rebased or all_slots,
-                coordinates_after(self.coordinates, self.layout, seen, query_length, positions),
-            )
+            rebased = rebased or all_slots
+            coordinates = coordinates_after(self.coordinates, self.layout, seen, query_length, positions)
             plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, coordinates)
         return plan
 
@@ -325,7 +326,7 @@ class Stream:
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
-        if layer_idx >= len(self.layers):
+        if layer_idx not in self.layers_with[name]:
             raise layer_of_another_model(self.layers, layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
@@ -385,3 +386,17 @@ class Stream:
         for layer in self.layers:
             drop_states(layer)
         self.restart(positions or TokenPositions())
+
+
+def _layers_with_each_part(layers: list[Any]) -> dict[str, frozenset[int]]:
+    """Return the indices of the layers that have each part of a forward pass."""
+
+    def having(kind: type) -> frozenset[int]:
+        return frozenset(i for i, layer in enumerate(layers) if isinstance(layer, kind))
+
+    linear = ("get_conv_state", "update_conv_state", "update_recurrent_state")
+    return {
+        "update": having(CacheLayerMixin),
+        "update_indexer": having(IndexedSinkLayer),
+        **dict.fromkeys(linear, having(LinearAttentionLayer)),
+    }
