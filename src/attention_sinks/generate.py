@@ -1,6 +1,7 @@
 """`sink_generate`: `model.generate` with a `SinkCache`."""
 
 import contextlib
+import functools
 import inspect
 from typing import Any
 
@@ -253,7 +254,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replace
         cache: that of the call.
         text: the prompt, if it has token ids.
     """
-    name, can_lower, asks_mask = cache_name(), takes_positions(model), asks_for_masks(model)
+    name, asks_mask, can_lower = cache_name(), asks_for_masks(model), functools.cache(takes_positions)
 
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get(name) is not cache:
@@ -261,6 +262,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replace
             if unknown:
                 raise DriftError(f"`generate` calls the cache `{unknown[0]}`")
             return prepare(*args, **kwargs)  # type: ignore[no-any-return]
+        generating = getattr(prepare, "__self__", model)  # `model`, or one inside it
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         seen, num_unread = cache.get_seq_length(), 0
         if text is not None and given[0] is not None:
@@ -279,7 +281,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replace
         inputs = prepare(*args, **kwargs)
         if cache.has_position_limit and all(inputs.get(each) is None for each in CACHE_NAMES):
             # Phi-3 and its kin drop the cache where their frequencies change, which positions here never reach.
-            inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
+            inputs = GenerationMixin.prepare_inputs_for_generation(generating, *args, **kwargs)
         new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         if num_unread > 0 and new.shape[1] != num_unread:
             raise DriftError(
@@ -289,7 +291,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replace
             cache.announce(new.shape[1])
         # Reading positions on another device would wait for it: two passes show how `generate` counts.
         is_checked = new.device.type == "cpu" or cache.watch.passes < 2
-        _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
+        _lower_positions(cache, inputs, seen, new, can_lower(generating), is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs  # type: ignore[no-any-return]
