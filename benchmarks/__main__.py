@@ -9,13 +9,12 @@ import datetime
 import json
 import platform
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-import attention_sinks
 
 from . import page, sections
 from .measure import LLAMA3_8B, SMOLLM2_135M, TINY, Setting
@@ -118,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
             "date": str(datetime.date.today()),
             "machine": machine(name),
             "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
-            f"attention-sinks {attention_sinks.__version__}",
+            f"attention-sinks {metadata.version('attention-sinks')}",
             "rows": chosen[name](),
         }
         (folder / f"{name}.json").write_text(json.dumps(rounded(measured)).replace("}, {", "},\n{") + "\n")

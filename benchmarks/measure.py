@@ -188,3 +188,5 @@ def nbytes(cache: Any) -> int:
 def _tensors_of(layers: list[Any]) -> Iterator[Tensor]:
     for layer in layers:
         yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
+        if getattr(layer, "rotation", None) is not None:
+            yield layer.sinks

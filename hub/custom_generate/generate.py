@@ -16,5 +16,7 @@ def generate(inputs=None, *, model, **kwargs):
         for name in ("window_length", "num_sink_tokens"):
             configs = kwargs.get("generation_config"), model.generation_config
             values = [kwargs.pop(name, None), *(getattr(config, name, None) for config in configs)]
-            kwargs.update({name: value for value in values[::-1] if value is not None})
+            value = next((each for each in values if each is not None), None)
+            if value is not None:
+                kwargs[name] = value
     return sink_generate(model, inputs, **kwargs)

@@ -1,7 +1,7 @@
 """`SinkCache`: a KV cache that holds the first tokens of a stream (the attention sinks) and the most recent ones.
 
-What `transformers` calls on a cache, and what this library adds. Storage and eviction are in `storage`, what a model is
-like in `architecture`; this module knows no model.
+What this library adds to a cache; what `transformers` calls on one is in `stream_cache`. Storage and eviction are in
+`storage`, what a model is like in `architecture`; this module knows no model.
 """
 
 import contextlib
@@ -11,168 +11,24 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from . import files
 from .architecture.positions import LAST_POSITION
 from .architecture.settings import check_config
-from .architecture.spec import cache_spec, check_arguments, check_int
+from .architecture.spec import cache_spec, check_arguments
 from .compat import PassWatch
 from .rope import Rotation
 from .storage import changes, checkpoint
+from .storage.columns import token_indices
+from .storage.coordinates import Coordinates
 from .storage.groups import Plan
-from .storage.mixed import IndexedSinkLayer
 from .storage.positions import TokenPositions, left_padding_of, token_positions
 from .storage.stream import Stream
+from .stream_cache import StreamCache
 
 DEFAULT_WINDOW_LENGTH = 256
 DEFAULT_NUM_SINK_TOKENS = 4
-
-
-class StreamCache(Cache):
-    """What `transformers` calls on a cache of which some layers keep sinks.
-
-    Args:
-        stream: the layers, and the forward pass that runs.
-    """
-
-    layers: list[Any]
-
-    def __init__(self, stream: Stream) -> None:
-        super().__init__(layers=stream.layers)
-        self._stream = stream
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the states of new tokens and return all that their queries attend to.
-
-        Args:
-            key_states: rotated keys of the new tokens, `[batch_size, num_heads, query_length, head_dim]`.
-            value_states: their values, of the same shape but for `head_dim`.
-            layer_idx: the layer they belong to.
-
-        Returns:
-            Keys and values of `get_mask_sizes(query_length, layer_idx)[0]` tokens. Valid until the next update of the
-            layer, which writes in place; in a chunk of `sink_prefill`, until the next update of any layer.
-
-        Raises:
-            ValueError: if batch size, heads, head dimension, dtype or device differ from what is stored, if the stream
-                reaches the end of the positions, or if the first prompt is left-padded. Nothing is changed then.
-            RuntimeError: if an earlier forward pass, or a change of the cache, was interrupted half-way.
-        """
-        stream = self._stream
-        if layer_idx in stream.sink_indices:
-            return stream.update(layer_idx, key_states, value_states)
-        layer = self.layers[layer_idx]
-        stream.check_like_sink_layers(layer, key_states)
-        return stream.run("update", layer_idx, 0, layer.update, key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return how many keys `update` will return for `query_length` tokens, and the position of the first key.
-
-        Raises:
-            ValueError: for a chunk so long that the sliding window of the model would hide the sinks from its end, or
-                that crosses the last position at which the model behaves as at the start.
-        """
-        stream = self._stream
-        if layer_idx == 0:  # the default of transformers, which may be a layer without attention
-            layer_idx = stream.first_attention_idx
-        layer = self.layers[layer_idx]
-        is_sink_layer = layer_idx in stream.sink_indices
-        sizes: tuple[int, int] = stream.mask_sizes(query_length, layer if is_sink_layer else stream.first)
-        stream.watch.note_mask()
-        return sizes if is_sink_layer else super().get_mask_sizes(query_length, layer_idx)
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens seen, in a tensor if reading it would wait for the device."""
-        if self._stream.has_unread_steps:
-            return self._stream.first.group.count.clone()  # type: ignore[return-value]
-        return self.get_seq_length(layer_idx)
-
-    @property
-    def is_compileable(self) -> bool:
-        """True if the next single token gets all slots, with a mask that hides empty ones, as `torch.compile` needs it.
-
-        That is so in a compiled model, and on devices where `generate` compiles by itself, unless single tokens have
-        turned out not to be compiled.
-        """
-        return self._stream.expects_static_step
-
-    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        layer, stream = self.layers[layer_idx], self._stream
-        part = "update_indexer", layer_idx, 0
-        if isinstance(layer, IndexedSinkLayer):
-            return stream.run(*part, stream.update_indexer, layer, indexer_key_states)  # type: ignore[no-any-return]
-        return stream.run(*part, layer.update_indexer, indexer_key_states)  # type: ignore[no-any-return]
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the state of a convolution.
-
-        The model changes it in place, so this counts as a part of a forward pass. Do not call it to inspect the cache.
-        """
-        part, get = ("get_conv_state", layer_idx, state_idx), super().get_conv_state
-        return self._stream.run(*part, get, layer_idx, state_idx)  # type: ignore[no-any-return]
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        part, update = ("update_conv_state", layer_idx, state_idx), super().update_conv_state
-        return self._stream.run(*part, update, conv_states, layer_idx, state_idx, **kwargs)  # type: ignore[no-any-return]
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> Tensor:
-        part, update = ("update_recurrent_state", layer_idx, state_idx), super().update_recurrent_state
-        return self._stream.run(*part, update, recurrent_states, layer_idx, state_idx, **kwargs)  # type: ignore[no-any-return]
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return the most tokens that the cache, or its layer `layer_idx`, holds; -1 if that is unbounded."""
-        if layer_idx is None:
-            return self._stream.spec.window_length
-        layer = self.layers[layer_idx]
-        max_length: int = layer.get_max_length() if hasattr(layer, "get_max_length") else layer.get_max_cache_shape()
-        return max_length
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """`get_max_length` by its name in early transformers 5."""
-        return self.get_max_length(layer_idx)
-
-    def reset(self) -> None:
-        """Start a new stream, of another batch if need be, whose rows are not padded."""
-        self._stream.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the rows: row `i` becomes a copy of row `beam_idx[i]`."""
-        with self._stream.changing(IndexError):
-            changes.select_rows(self._stream, "reorder_cache", beam_idx, beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
-        check_int("repeats", repeats, at_least=1)
-        with self._stream.changing():
-            index = changes.row_index(self._stream).repeat_interleave(repeats)
-            changes.select_rows(self._stream, "batch_repeat_interleave", repeats, index)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`."""
-        indices = torch.as_tensor(indices)
-        with self._stream.changing(IndexError):
-            index = changes.row_index(self._stream)[indices.cpu()]
-            changes.select_rows(self._stream, "batch_select_indices", indices, index)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep, as in early 5.x.
-
-        What those tokens had evicted does not come back: past the window `kept_length` falls below `window_length`
-        until new tokens have filled it again. What is kept is exact.
-
-        Raises:
-            ValueError: if tokens to take back are not held any more. Nothing is changed then.
-        """
-        changes.crop(self._stream, tokens_to_remove)
-
-    def deactivate_past_recording(self) -> None:
-        """End what `activate_past_recording` began: updates are stored at once again."""
-        changes.stop_recording(self._stream)
 
 
 class SinkCache(StreamCache):
@@ -188,7 +44,8 @@ class SinkCache(StreamCache):
         num_sink_tokens: the number of first tokens that are never evicted; `0` is plain window attention.
         rotation: the rotation of the cached keys, for models that cannot be measured, such as those with code of their
             own (`trust_remote_code`). It is not checked.
-        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left.
+        attention_mask: the mask of the first prompt, `[batch_size, prompt_length]`, if rows are padded on the left, or
+            of ones to say that they are not.
 
     Layers with a sliding window of at most `window_length`, and layers without attention, are those of `DynamicCache`.
 
@@ -223,7 +80,7 @@ class SinkCache(StreamCache):
                 f"`attention_mask` must not have padding: this {self._spec.model_type!r} model builds its attention "
                 "from the number of all tokens seen. Generate for prompts of equal length together, or one by one."
             )
-        return token_positions(padding)
+        return token_positions(padding, told=(0, 0) if attention_mask is None else attention_mask.shape)
 
     # --- what the cache holds
 
@@ -253,6 +110,31 @@ class SinkCache(StreamCache):
         keys = self._stream.first.keys
         return 0 if keys is None else keys.shape[0]
 
+    def token_indices(
+        self, layer_idx: int = 0, attentions: Tensor | None = None, *, seen: int | None = None, prefilled: bool = False
+    ) -> Tensor:
+        """Return which token stands in which column, `[num_rows, columns]`; -1 where there is none.
+
+        Past the window neither the keys that a layer holds nor attention weights are in the order of the text. An index
+        counts all that was fed, pads included, as `get_seq_length` does: token `i` of a row is `input_ids[row, i]`.
+
+        Args:
+            layer_idx: the layer.
+            attentions: attention weights of the layer in a pass, `[..., query_length, columns]`: the columns of these.
+                Without them, the columns are those of `layers[layer_idx].keys`.
+            seen: number of tokens seen after that pass, if it was not the last one.
+            prefilled: True if it was a pass of `sink_prefill`.
+
+        Raises:
+            ValueError: if the layer holds no keys of the text, or the weights have another number of columns.
+
+        Example:
+            >>> output = model(input_ids, past_key_values=cache, output_attentions=True)
+            >>> indices = cache.token_indices(0, output.attentions[0])
+            >>> text.gather(1, indices.clamp(min=0))  # the token ids of the columns
+        """
+        return token_indices(self._stream, layer_idx, attentions, seen, prefilled)
+
     # --- positions and left padding
 
     @property
@@ -274,6 +156,13 @@ class SinkCache(StreamCache):
     def token_positions(self) -> TokenPositions:
         """At which positions the tokens of each row stand; makes `position_ids` and padding masks."""
         return self._stream.layout.positions
+
+    def text_positions(self, like: Tensor) -> Tensor:
+        """Return the positions of text that follows, as the model needs them, shaped `[rows, n]` like `like`."""
+        seen, coordinates, positions = self.get_seq_length(), self.coordinates, self.token_positions
+        if coordinates is not None:
+            return coordinates.before(seen).text(like.shape[1]).to(like.device)
+        return positions.position_ids(positions.true_positions(seen, like))
 
     @property
     def position_offsets(self) -> int | Tensor:
@@ -326,7 +215,7 @@ class SinkCache(StreamCache):
         No key is rounded by that more than once in its life, since two windows lie in between, unless positions end
         before that.
         """
-        if self._stream.needs_rebase(query_length):
+        if changes.needs_rebase(self._stream, query_length):
             self.rebase()
 
     def announce_padding(self, attention_mask: Tensor) -> None:
@@ -362,23 +251,29 @@ class SinkCache(StreamCache):
         """True if a chunk can be read with a window for each of its tokens: all layers are plain sink layers."""
         return self._spec.supports_windowed_chunks
 
-    def announce(self, query_length: int, windowed: bool = False) -> Plan:
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """The coordinates of the last tokens, or None if all tokens of the stream are counted as text."""
+        return self._stream.coordinates
+
+    def announce(self, query_length: int, windowed: bool = False, positions: Tensor | None = None) -> Plan:
         """Return the plan of the coming pass of `query_length` tokens. Call `drop_plan` after the pass.
 
-        The caller gives the model positions as `token_positions` counts them. If `windowed`, each query of the chunk
-        sees its own window, by a mask that the caller makes from the plan.
+        The caller gives the model positions as `token_positions` counts them, or, if they are not those of text,
+        `positions`, `[num_axes, batch_size, query_length + 1]`, of which the last is that of text that would follow. If
+        `windowed`, each query of the chunk sees its own window, by a mask that the caller makes from the plan.
         """
-        return self._stream.announce(query_length, windowed)
+        return self._stream.announce(query_length, windowed, positions)
 
     def drop_plan(self) -> None:
         """Forget a pass that was announced, if it did not take place."""
         self._stream.drop_plan()
 
     @contextlib.contextmanager
-    def announced(self, query_length: int, windowed: bool = False) -> Iterator[Plan]:
+    def announced(self, query_length: int, windowed: bool = False, positions: Tensor | None = None) -> Iterator[Plan]:
         """Announce the pass inside, see `announce`."""
         try:
-            yield self.announce(query_length, windowed)
+            yield self.announce(query_length, windowed, positions)
         finally:
             self.drop_plan()
 

@@ -1,4 +1,4 @@
-"""Command line `attention-sinks` with the commands chat, generate, perplexity and info."""
+"""Command line `attention-sinks` with the commands chat, generate, perplexity, recall and info."""
 
 import contextlib
 import io
@@ -21,15 +21,16 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer, set_seed
+from transformers import AutoConfig, TextStreamer, set_seed
 from transformers.utils import logging
 
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
-from .compat import with_cache
-from .evaluate import Scores, binned, curves, perplexity_from, plot, write_csv
+from .describe import cache_bytes, layer_memory, position_encodings, ranges
+from .evaluate import Scores, binned, curve_name, curves, logits_along, perplexity_from, plot, write_csv
 from .generate import sink_generate
 from .load import load_model, source_of
 from .prefill import default_chunk_size
+from .recall import MAX_LINES, Question, answers, make_stream, plot_recall, recall_by_distance, write_recall
 from .session import SinkSession
 from .storage.layers import SinkLayer
 
@@ -74,6 +75,9 @@ SinksOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="Device that runs the model, for example cpu, cuda or mps.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Data type of the weights.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 selects greedy decoding.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Path of the CSV and PNG files, without the extension.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the random number generator.")]
 
 
@@ -229,14 +233,12 @@ def perplexity(
     recompute_every: Annotated[
         int, typer.Option(min=1, help="Distance between the tokens that the recompute baseline scores.")
     ] = 16,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Path of the CSV and PNG files, without the extension.")
-    ] = Path("perplexity"),
+    output: OutputOption = Path("perplexity"),
     device: DeviceOption = "cpu",
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Measure perplexity along a text, with sink tokens and with the baselines of the paper."""
-    numbers = _numbers(num_sink_tokens, window_length)
+    numbers = _numbers("--num-sink-tokens", num_sink_tokens, 0, window_length, "--window-length")
     chosen = [name.strip() for name in baselines.split(",") if name.strip()]
     for name in chosen:
         if name not in list(Baseline):
@@ -244,8 +246,7 @@ def perplexity(
     if not numbers and not chosen:
         raise ValueError("There is nothing to measure: give `--num-sink-tokens` or `--baselines`.")
     text = "\n".join(map(_read_text, texts))
-    if not output.absolute().parent.is_dir():  # check this before the measurement, which may take an hour
-        raise ValueError(f"`--output` must be in an existing folder, got {output}.")
+    csv, png = _output_files(output)
     loaded, tokenizer = _load(model, dtype, device)
     input_ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :max_tokens].to(device)
     length = input_ids.shape[1]
@@ -254,11 +255,9 @@ def perplexity(
             f"The text must be longer than the window, got {length} tokens and --window-length {window_length}."
         )
     rows = _score(curves(loaded, input_ids, window_length, numbers, chosen, recompute_every), length)
-    csv, png = (output.with_name(output.name + extension) for extension in (".csv", ".png"))
     write_csv(rows, csv)
     context_length = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    name = "SmolLM2-135M-Instruct" if model is None else Path(model).name
-    plot(rows, png, f"{name}, window of {window_length:,} tokens", context_length)
+    plot(rows, png, f"{_name_of(model)}, window of {window_length:,} tokens", context_length)
     table = Table("cache", "perplexity past the window", "perplexity in the last quarter")
     for name, bins in rows.items():
         table.add_row(name, *(f"{perplexity_from(bins, first):,.2f}" for first in (window_length, length * 3 // 4)))
@@ -269,8 +268,7 @@ def perplexity(
 def _score(scores: dict[str, Iterator[Scores]], length: int) -> dict[str, list[dict[str, Any]]]:
     """Score a text of `length` tokens with every cache, with progress bars. Return the perplexity of 40 bins."""
     rows = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=err) as progress:
+    with _progress() as progress:
         tasks = {name: progress.add_task(name, total=length) for name in scores}
         for name, chunks in scores.items():
             scored = []
@@ -280,6 +278,43 @@ def _score(scores: dict[str, Iterator[Scores]], length: int) -> dict[str, list[d
             progress.update(tasks[name], completed=length)
             rows[name] = binned(scored, max(length // 40, 1))
     return rows
+
+
+@app.command()
+def recall(
+    model: ModelOption = None,
+    window_length: WindowOption = 1024,
+    num_sink_tokens: SinksOption = DEFAULT_NUM_SINK_TOKENS,
+    distances: Annotated[
+        str, typer.Option(help="Distances from a question back to the line it asks for, in lines, separated by commas.")
+    ] = "10,20,30,40,50,60,70,80",
+    num_lines: Annotated[int, typer.Option(max=MAX_LINES, help="Number of lines of each stream.")] = 200,
+    num_streams: Annotated[int, typer.Option(min=1, help="Number of streams of random lines.")] = 3,
+    output: OutputOption = Path("recall"),
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Measure how far back a model finds a fact, with all tokens in the cache, a window, and a window with sinks."""
+    chosen = _numbers("--distances", distances, 1, num_lines, "--num-lines")
+    csv, png = _output_files(output)
+    loaded, tokenizer = _load(model, dtype, device)
+    streams = [make_stream(tokenizer, num_lines, chosen, seed) for seed in range(num_streams)]
+    rows = {}
+    with _progress() as progress:
+        for number in (None, 0, num_sink_tokens):
+            answered: list[tuple[Question, bool]] = []
+            for input_ids, questions in progress.track(streams, description=curve_name(number)):
+                answered += answers(logits_along(loaded, input_ids.to(device), window_length, number), questions)
+            rows[curve_name(number)] = recall_by_distance(answered)
+    write_recall(rows, csv)
+    plot_recall(rows, png, f"{_name_of(model)}, window of {window_length:,} tokens", window_length - num_sink_tokens)
+    table = Table("lines back", "tokens back", "questions", *rows)
+    for recalls in zip(*rows.values(), strict=True):
+        distance, token_distance, num_questions, _ = recalls[0]
+        accuracies = (f"{each.accuracy:.0%}" for each in recalls)
+        table.add_row(f"{distance}", f"{token_distance:,}", f"{num_questions}", *accuracies)
+    out.print(table)
+    out.print(f"Recall written to {csv} and {png}.", soft_wrap=True)
 
 
 @app.command()
@@ -295,15 +330,15 @@ def info(
     name, options = source_of(model)
     config = AutoConfig.from_pretrained(name, **options)
     cache = SinkCache(config, window_length, num_sink_tokens)
-    sink_bytes, other_bytes = _cache_bytes(config, cache, getattr(torch, dtype))
+    sink_bytes, other_bytes = cache_bytes(config, cache, getattr(torch, dtype))
     table = Table(show_header=False, box=None)
     table.add_row("model type", config.model_type)
     table.add_row("verdict", "supported: exact")
-    for encoding, layers in _position_encodings(cache).items():
-        table.add_row(f"layers {_ranges(layers)}", encoding)
-    others = Counter(_layer_memory(layer) for layer in cache.layers if not isinstance(layer, SinkLayer))
-    for layer_memory, count in others.items():
-        table.add_row(f"{count} other layers", layer_memory)
+    for encoding, layers in position_encodings(cache).items():
+        table.add_row(f"layers {ranges(layers)}", encoding)
+    others = Counter(layer_memory(layer) for layer in cache.layers if not isinstance(layer, SinkLayer))
+    for memory, count in others.items():
+        table.add_row(f"{count} other layers", memory)
     limit = f"{cache.position_limit:,}"
     if cache.can_rebase:
         limit += " (sink_generate and SinkSession rebase positions automatically)"
@@ -319,65 +354,6 @@ def info(
     if other_bytes > 0:
         table.add_row("", f"{other_bytes / 2**20:.2f} MiB for the other layers after the first token")
     out.print(table)
-
-
-def _position_encodings(cache: SinkCache) -> dict[str, list[int]]:
-    """Return a description of each position encoding, and the indices of its layers."""
-    encodings: dict[str, list[int]] = {}
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, SinkLayer):
-            continue
-        rotation = layer.rotation
-        if rotation is None:
-            encoding = "bias by distance (ALiBi)" if cache.needs_temporal_order else "none in the keys"
-        else:
-            wavelengths = 2 * torch.pi / rotation.inv_freq[rotation.inv_freq > 0].double()
-            encoding = (
-                f"RoPE: {rotation.rotary_dim} rotary dimensions from dimension {rotation.start}, "
-                f"{'interleaved' if rotation.interleaved else 'rotate-half'} layout, "
-                f"wavelengths {float(wavelengths.min()):,.1f} to {float(wavelengths.max()):,.0f} tokens"
-            )
-        encodings.setdefault(encoding, []).append(i)
-    return encodings
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return increasing numbers as ranges, for example `0-3, 5` for 0, 1, 2, 3, 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
-
-
-def _layer_memory(layer: Any) -> str:
-    """Return a description of what a layer without sinks stores."""
-    window = getattr(layer, "sliding_window", None)
-    return f"sliding window of {window:,} tokens, without sinks" if window else "state of constant size, or no state"
-
-
-def _cache_bytes(config: Any, cache: SinkCache, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes of the layers with sinks, and of the other layers after one token.
-
-    Run a forward pass on the meta device, which allocates nothing.
-    """
-    with torch.device("meta"), torch.no_grad():
-        # bfloat16, because transformers implements every kernel for it. The sizes are computed for `dtype`.
-        meta_model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        meta_model(torch.zeros(1, 1, dtype=torch.long), use_cache=True, **with_cache(meta_model.forward, cache))
-    sink_bytes = other_bytes = 0
-    for layer in cache.layers:
-        for part in (layer, getattr(layer, "indexer", None)):
-            if part is None or getattr(part, "keys", None) is None:
-                continue
-            num_bytes = (part.keys.numel() + part.values.numel()) * dtype.itemsize
-            if isinstance(layer, SinkLayer):
-                sink_bytes += num_bytes
-            else:
-                other_bytes += num_bytes
-    return sink_bytes, other_bytes
 
 
 def _load(model: str | None, dtype: str, device: str) -> tuple[Any, Any]:
@@ -397,17 +373,32 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _numbers(listed: str, window_length: int) -> list[int]:
-    """Return the numbers of sink tokens in a list that is separated by commas."""
+def _numbers(option: str, listed: str, first: int, bound: int, bound_option: str) -> list[int]:
+    """Return the numbers, from `first` to below `bound`, in a list that is separated by commas."""
     numbers = []
     for part in filter(None, map(str.strip, listed.split(","))):
-        if not part.isdecimal() or int(part) >= window_length:
+        if not part.isdecimal() or not first <= int(part) < bound:
             raise ValueError(
-                f"`--num-sink-tokens` must be numbers from 0 to {window_length - 1} (below `--window-length`), "
-                f"got {part!r}."
+                f"`{option}` must be numbers from {first} to {bound - 1} (below `{bound_option}`), got {part!r}."
             )
         numbers.append(int(part))
     return numbers
+
+
+def _output_files(output: Path) -> tuple[Path, Path]:
+    """Return the paths of the CSV and PNG files. Call this before the measurement, which may take an hour."""
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"`--output` must be in an existing folder, got {output}.")
+    return output.with_name(output.name + ".csv"), output.with_name(output.name + ".png")
+
+
+def _name_of(model: str | None) -> str:
+    return "SmolLM2-135M-Instruct" if model is None else Path(model).name
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=err)
 
 
 @contextlib.contextmanager

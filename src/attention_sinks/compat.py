@@ -97,6 +97,9 @@ class PassWatch:
         self.active = False
         self._begin()
 
+    def __reduce__(self) -> tuple[type["PassWatch"], tuple[()]]:
+        return PassWatch, ()  # a copy of a cache is not part of the call that runs
+
     def _begin(self) -> None:
         self.passes = 0
         # The number of tokens of the pass that was announced and has not updated the cache yet, or None.

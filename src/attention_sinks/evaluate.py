@@ -54,40 +54,51 @@ def curves(
         baselines: names from `"dense"`, `"window"` and `"recompute"`.
         recompute_every: distance between the tokens that the recompute baseline scores.
     """
-    scores: dict[str, Iterator[Scores]] = {}
+    numbers: list[int | None] = [*sorted({*num_sink_tokens} | ({0} if "window" in baselines else set()))]
     if "dense" in baselines:
-        scores["dense"] = _score_dense(model, input_ids)
-    numbers = {*num_sink_tokens} | ({0} if "window" in baselines else set())
-    for number in sorted(numbers):
-        name = "window" if number == 0 else f"{number} sink{'s' * (number > 1)}"
-        scores[name] = _score_sinks(model, input_ids, window_length, number)
+        numbers.insert(0, None)
+    scores = {
+        curve_name(number): _score_chunks(input_ids, logits_along(model, input_ids, window_length, number))
+        for number in numbers
+    }
     if "recompute" in baselines:
         scores["recompute"] = _score_recomputed(model, input_ids, window_length, recompute_every)
     return scores
 
 
-def _score_sinks(
-    model: PreTrainedModel, input_ids: Tensor, window_length: int, num_sink_tokens: int
-) -> Iterator[Scores]:
-    """Score a text `[1, length]` with a `SinkCache`. Each token sees exactly its own window."""
-    cache = SinkCache(model.config, window_length, num_sink_tokens)
-    return _score_chunks(input_ids, (_logits(output) for output in sink_prefill(model, input_ids, cache)))
+def logits_along(
+    model: PreTrainedModel, input_ids: Tensor, window_length: int, num_sink_tokens: int | None
+) -> Iterator[Tensor]:
+    """Yield the logits `[1, chunk_length, vocab_size]` along a text `[1, length]`, chunk by chunk.
 
-
-def _score_dense(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Scores]:
-    """Score a text `[1, length]` with a cache that keeps all tokens.
-
-    Stop at the position limit of the model.
+    Args:
+        model: causal language model.
+        input_ids: token ids of the text.
+        window_length: window of the `SinkCache`, in tokens. Each token sees exactly its own window.
+        num_sink_tokens: number of sink tokens; None for a cache that keeps all tokens, with which the text ends at the
+            position limit of the model.
     """
+    if num_sink_tokens is None:
+        yield from _dense_logits(model, input_ids)
+    else:
+        cache = SinkCache(model.config, window_length, num_sink_tokens)
+        for output in sink_prefill(model, input_ids, cache):
+            yield _logits(output)
+
+
+@torch.no_grad()
+def _dense_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[Tensor]:
     limit = SinkCache(model.config).position_limit
+    cache = DynamicCache(config=model.config)
+    for chunk in input_ids[:, :limit].split(DENSE_CHUNK_SIZE, dim=1):
+        yield _logits(model(input_ids=chunk, use_cache=True, **with_cache(model.forward, cache)))
 
-    @torch.no_grad()
-    def logits() -> Iterator[Tensor]:
-        cache = DynamicCache(config=model.config)
-        for chunk in input_ids[:, :limit].split(DENSE_CHUNK_SIZE, dim=1):
-            yield _logits(model(input_ids=chunk, use_cache=True, **with_cache(model.forward, cache)))
 
-    return _score_chunks(input_ids, logits())
+def curve_name(num_sink_tokens: int | None) -> str:
+    """Return what the curve of a cache is called, see `logits_along`."""
+    if num_sink_tokens is None:
+        return "dense"
+    return "window" if num_sink_tokens == 0 else f"{num_sink_tokens} sink{'s' * (num_sink_tokens > 1)}"
 
 
 @torch.no_grad()

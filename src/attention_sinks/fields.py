@@ -67,10 +67,10 @@ def placed(value: Any, saved_on: torch.device | None, device: Device) -> Any:
         ValueError: if that device is not at hand.
     """
     if isinstance(value, Tensor):
-        there = saved_on if device is None else device
+        target = saved_on if device is None else device
         try:
             with torch.inference_mode(False):  # a copy, which may be written to
-                return value.to("cpu" if there is None else there, copy=True)
+                return value.to("cpu" if target is None else target, copy=True)
         except (RuntimeError, AssertionError) as error:  # by which torch says that there is no such device
             raise ValueError(
                 f"`device` must be at hand, got {device!r} for states that were on {saved_on}: {error}"

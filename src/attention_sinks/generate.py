@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation.utils import GenerateOutput
 from .architecture.spec import check_int
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
+from .grids import following, grid_positions, rope_index_of
 from .guidance import guided
 from .inputs import check_is_text, check_prompt, check_vocabulary, not_text
 from .models import Replacement, unwrapped, view_of
@@ -25,7 +27,7 @@ from .prefill import (
     read_in_chunks,
     takes_positions,
 )
-from .prompt import GenerationSettings, Text, pop_prompt, text_for
+from .prompt import GenerationSettings, Text, mask_of_embeds, mask_of_first, pop_prompt, text_for
 
 # The arguments of `generate` that ask for assisted decoding.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -78,40 +80,63 @@ def sink_generate(
     _check_call(inner, continued, prefill_chunk_size, settings, generate_kwargs)
     is_started = continued is not None and continued.get_seq_length() > 0
     check_prompt(inner, inputs, generate_kwargs, is_started)
-    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs, None if is_started else settings)
+    input_ids, attention_mask = pop_prompt(inputs, generate_kwargs)
+    embeds = generate_kwargs.get("inputs_embeds")
+    ids = input_ids if embeds is None else None
+    if ids is not None and not is_started:
+        attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(inner.config, window_length, num_sink_tokens, attention_mask=attention_mask)
+        cache = SinkCache(inner.config, window_length, num_sink_tokens)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
     check_model(inner, cache)
-    if input_ids is not None and not_text(generate_kwargs) is None:
-        check_vocabulary("input_ids", input_ids, inner)
+    if ids is not None and not_text(generate_kwargs) is None:
+        check_vocabulary("input_ids", ids, inner)
     chunk_size = prefill_chunk_size or settings["prefill_chunk_size"]
     _overrule(settings, generate_kwargs)
-    if attention_mask is not None:
+    if embeds is not None:
+        attention_mask = mask_of_embeds(cache, embeds, attention_mask)
+    with _padding_announced(cache, None if is_started else attention_mask):
+        text = grids = None
         generate_kwargs["attention_mask"] = attention_mask
-    text = None
-    if input_ids is not None and generate_kwargs.get("inputs_embeds") is None:
-        text = text_for(cache, input_ids, attention_mask)
-        _check_text(cache, text, settings)
-        generate_kwargs["attention_mask"] = text.attention_mask
-        if text.needs_positions and takes_positions(inner):
-            positions = cache.token_positions.true_positions(text.num_omitted, input_ids)
-            generate_kwargs["position_ids"] = positions
-        chunk_size = chunk_size or _default_chunk_size(inner, cache, text)
-    forward = guided(model, cache, input_ids, settings, generate_kwargs)
-    unannounced = attention_mask if continued is not None and not is_started else None
-    _begin(model, cache, text, chunk_size, unannounced, settings.num_repeats, generate_kwargs)
-    cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
-    if generate_kwargs.get("streamer") is not None:
-        generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
-    view = view_of(model, _passes_prepared(inner, cache, text), forward)
+        if ids is not None:
+            text = text_for(cache, ids, attention_mask, settings)
+            _check_text(cache, text, settings)
+            generate_kwargs["attention_mask"] = text.attention_mask
+            grids = grid_positions(inner, cache, text, generate_kwargs)
+            if rope_index_of(inner) is not None or (text.needs_positions and takes_positions(inner)):
+                generate_kwargs["position_ids"] = cache.token_positions.true_positions(text.num_omitted, ids)
+            chunk_size = chunk_size or _default_chunk_size(inner, cache, text)
+        forward = guided(model, cache, input_ids, settings, generate_kwargs)
+        _begin(model, cache, text, chunk_size, settings.num_repeats, generate_kwargs)
+        cache.expect_compiled_steps()  # how the prompt was read says nothing about what follows
+        if generate_kwargs.get("streamer") is not None:
+            generate_kwargs["streamer"] = CheckedStreamer(generate_kwargs["streamer"], cache.watch)
+        view = view_of(model, _passes_prepared(inner, cache, text, grids), forward)
+        try:
+            with cache.watch.watching():
+                return _generate(view, input_ids, cache, generate_kwargs)  # type: ignore[no-any-return]
+        finally:
+            cache.drop_plan()
+
+
+@contextlib.contextmanager
+def _padding_announced(cache: SinkCache, attention_mask: Tensor | None) -> Iterator[None]:
+    """Tell a cache of the padding of a first prompt, if there is a mask; if nothing is read, it forgets that again."""
+    if attention_mask is None:
+        yield
+        return
+    before = cache.token_positions.told_mask()
+    cache.announce_padding(attention_mask)
     try:
-        with cache.watch.watching():
-            return _generate(view, input_ids, cache, generate_kwargs)  # type: ignore[no-any-return]
-    finally:
-        cache.drop_plan()
+        yield
+    except BaseException:
+        if cache.get_seq_length() == 0:
+            cache.reset()
+            if before is not None:
+                cache.announce_padding(before)
+        raise
 
 
 def _overrule(settings: GenerationSettings, generate_kwargs: dict[str, Any]) -> None:
@@ -165,12 +190,6 @@ def _check_call(
             f"`{unsupported}` is not supported, got {settings[unsupported]!r:.80}: this way of decoding has caches of "
             "its own. Leave it out; sampling, beam search, assistant models and prompt lookup are supported."
         )
-    name = not_text(generate_kwargs)
-    if name is not None and "mrope_section" in str(model.config.to_dict()):
-        raise NotImplementedError(
-            f"`{name}` is not supported: this {model.config.model_type!r} model gives images positions in several "
-            "dimensions (M-RoPE), so that tokens cannot be counted as positions any more. Text alone is exact."
-        )
 
 
 def _check_continued(cache: SinkCache, window_length: int, num_sink_tokens: int) -> None:
@@ -214,7 +233,6 @@ def _begin(
     cache: SinkCache,
     text: Text | None,
     chunk_size: int | None,
-    attention_mask: Tensor | None,
     num_repeats: int,
     generate_kwargs: dict[str, Any],
 ) -> None:
@@ -224,7 +242,6 @@ def _begin(
         model, cache, generate_kwargs: those of the call.
         text: the prompt, if it has token ids.
         chunk_size: read all of the prompt but its last token in chunks of this size, unless it is None.
-        attention_mask: the mask of a first prompt, if the cache does not know its padding.
         num_repeats: how often `generate` repeats each row of the prompt.
     """
     inner, input_ids, unread = unwrapped(model), None, None
@@ -232,10 +249,8 @@ def _begin(
         input_ids = text.input_ids
         unread = input_ids[:, -text.num_new : -1] if chunk_size is not None and text.num_new > 1 else None
     repeats = input_ids is not None and num_repeats > 1 and (unread is not None or cache.num_rows == len(input_ids))
-    if unread is not None or attention_mask is not None or repeats:
+    if unread is not None or repeats:
         check_arguments(inner, input_ids, cache, generate_kwargs)
-    if attention_mask is not None:
-        cache.announce_padding(attention_mask)
     cache.deactivate_past_recording()
     if unread is not None and chunk_size is not None:
         check_is_text(generate_kwargs)
@@ -246,15 +261,17 @@ def _begin(
         cache.batch_repeat_interleave(num_repeats)
 
 
-def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replacement:
+def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Tensor | None) -> Replacement:
     """Return what prepares the passes of `generate`: positions come from the cache, and each pass is announced to it.
 
     Args:
         model: the model inside its wrappers.
         cache: that of the call.
         text: the prompt, if it has token ids.
+        grids: the positions of what is new of the prompt, if they are not those of text, see `grid_positions`.
     """
     name, asks_mask, can_lower = cache_name(), asks_for_masks(model), functools.cache(takes_positions)
+    has_grids, start = rope_index_of(model) is not None, cache.get_seq_length()
 
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get(name) is not cache:
@@ -287,11 +304,18 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None) -> Replace
             raise DriftError(
                 f"`generate` gives the model {new.shape[1]} tokens where {num_unread} are new to the cache"
             )
-        if new.shape[1] != query_length:
-            cache.announce(new.shape[1])
+        positions = None
+        if grids is not None and seen == start:
+            positions = following(grids, cache.text_positions(new[:, :1]), new.shape[1])
+        if positions is not None or new.shape[1] != query_length:
+            cache.announce(new.shape[1], positions=positions)
         # Reading positions on another device would wait for it: two passes show how `generate` counts.
         is_checked = new.device.type == "cpu" or cache.watch.passes < 2
-        _lower_positions(cache, inputs, seen, new, can_lower(generating), is_checked)
+        if has_grids:
+            text_positions = cache.text_positions(new).expand(3, -1, -1)
+            inputs["position_ids"] = text_positions if positions is None else positions[:, :, :-1]
+        else:
+            _lower_positions(cache, inputs, seen, new, can_lower(generating), is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs  # type: ignore[no-any-return]

@@ -106,12 +106,6 @@ def check_prompt(model: PreTrainedModel, inputs: Any, arguments: dict[str, Any],
             raise ValueError(
                 f"`inputs_embeds` must have the shape [batch_size, length, hidden_size], got {[*embeddings.shape]}."
             )
-        if is_started:
-            raise ValueError(
-                "`inputs_embeds` must be left out when `cache` has seen tokens: `generate` takes them for the whole "
-                f"text, got {embeddings.shape[1]}. Pass `input_ids`, or read them with `model(inputs_embeds=..., "
-                "past_key_values=cache)` first."
-            )
     elif is_started and all(ids is None for ids in prompts.values()):
         raise ValueError(
             "`input_ids` must be given to continue a `cache`, got None: there is nothing to read. Continue a text with "

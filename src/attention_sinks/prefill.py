@@ -15,8 +15,10 @@ from .architecture.settings import check_config, config_state
 from .architecture.spec import check_int
 from .cache import SinkCache
 from .compat import DriftError, checkpointing_drops_cache, chosen_cache, with_cache
+from .grids import rope_index_of
 from .inputs import check_model_arguments, check_token_ids, check_vocabulary
 from .models import unwrapped, view_of
+from .prompt import GenerationSettings, check_no_pad_ids
 from .storage.plan import WindowedPlan
 
 # The default chunk. Wider ones use the hardware better (docs/benchmarks.md), but each query brings a copy of the sinks.
@@ -67,6 +69,10 @@ def sink_prefill(
     check_token_ids("input_ids", input_ids, inner, may_be_empty=True)
     check_vocabulary("input_ids", input_ids, inner)
     check_model_arguments(model_kwargs, input_ids)
+    if chosen.get_seq_length() == 0 and chosen.token_positions.known_length(len(input_ids)) == 0:
+        remedy = "If they are text, give it a mask of ones."
+        demand = "`cache` must be told of padding, `SinkCache(config, attention_mask=mask)`"
+        check_no_pad_ids(input_ids, GenerationSettings(inner, {}), demand, remedy, texts_may_end=True)
     if chunk_size is None:
         chunk_size = default_chunk_size(inner, chosen)
     check_int("chunk_size", chunk_size, at_least=1)
@@ -110,7 +116,8 @@ def run_pass(
     positions = cache.token_positions
     arguments = {**model_kwargs, **with_cache(model.forward, cache), "use_cache": True}
     if takes_positions(model):
-        arguments["position_ids"] = positions.position_ids(positions.true_positions(seen, input_ids))
+        text = cache.text_positions(input_ids)
+        arguments["position_ids"] = text if rope_index_of(model) is None else text.expand(3, -1, -1)
     elif positions.offset > 0:
         raise DriftError("the model takes no `position_ids`, by which positions are lowered")
     with cache.watch.watching(), cache.announced(query_length, windowed) as plan:

@@ -1,21 +1,15 @@
 """`SinkSession`: one conversation, or one text, without end, in memory that does not grow."""
 
 import contextlib
-import hashlib
-import json
+import copy
+import math
 import os
-import time
 from collections.abc import Callable, Generator
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
-from transformers import (
-    MaxTimeCriteria,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import logging
 
 from . import files
@@ -23,10 +17,12 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .compat import DriftError
 from .fields import NoneType, checked
 from .generate import ASSISTED, check_arguments, sink_generate
-from .prefill import last_logits_only, sink_prefill
+from .models import unwrapped
+from .prefill import check_model, last_logits_only, sink_prefill
 from .prompt import GenerationSettings
 from .streaming import AnswerCriteria, Detokenizer, Emit, TokenStreamer, Worker, compile_permission
 from .template import ChatTemplate, encode
+from .transcript import FIELDS, Transcript, fingerprint, vocabulary
 
 # The arguments of `generate` that the session gives itself.
 _OWN_ARGUMENTS = {
@@ -36,16 +32,7 @@ _OWN_ARGUMENTS = {
 }  # fmt: skip
 
 # What a file holds of a session, and of which types.
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "tokenizer": (str,),
-    "system": (str, NoneType),
-    "ids": (Tensor,),
-    "forgotten": (int,),
-    "open": (str, NoneType),
-    "ended": (bool,),
-    "cache": (dict,),
-}
+_FIELDS: dict[str, tuple[type, ...]] = {"model": (str,), "tokenizer": (str,), "system": (str, NoneType), **FIELDS}
 
 
 class SinkSession:
@@ -86,38 +73,33 @@ class SinkSession:
         system: str | None = None,
         keep_system_prompt: bool = True,
     ) -> None:
-        self._bind(model, tokenizer, system)
-        if system is not None:
-            _check_text("system", system)
-            if keep_system_prompt:
-                kept = len(self._encode(self._template.before_message(first=True)))
-                num_sink_tokens = max(num_sink_tokens, kept)
-                if num_sink_tokens >= window_length:
-                    raise ValueError(
-                        f"`system` must fit the window: it has {kept} tokens with its template, and "
-                        f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger "
-                        "window, or let it be forgotten with keep_system_prompt=False."
-                    )
-        self.cache = SinkCache(model.config, window_length, num_sink_tokens)
+        config, template = _check_parts(model, tokenizer, system)
+        if system is not None and keep_system_prompt:
+            num_sink_tokens = max(num_sink_tokens, _length_of_system(tokenizer, template, window_length))
+        self._bind(model, tokenizer, template, Transcript(SinkCache(config, window_length, num_sink_tokens)))
+        self._check_readable([])
 
-    def _bind(self, model: PreTrainedModel, tokenizer: Any, system: str | None) -> None:
-        self.model: Any = model
+    def _bind(self, model: Any, tokenizer: Any, template: ChatTemplate, transcript: Transcript) -> None:
+        self.model = model
         self.tokenizer = tokenizer
-        self.system = system
-        self._template = ChatTemplate(tokenizer, system)
+        self._template = template
+        self._transcript = transcript
         self._worker = Worker()
-        self._start()
 
-    def _start(self) -> None:
-        self._ids: list[int] = []  # the tokens that the cache counts, then the unread ones, at least one
-        self._forgotten = 0  # how many tokens before these were evicted
-        self._open: str | None = None  # whose turn the next token belongs to
-        self._ended = False  # True if the last token is the one by which the model ended its answer
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self._template.system
+
+    @property
+    def cache(self) -> SinkCache:
+        """What the model remembers of the stream."""
+        return self._transcript.cache
 
     @property
     def tokens_seen(self) -> int:
         """The number of tokens in the stream, evicted ones included."""
-        return self._forgotten + len(self._ids)
+        return self._transcript.num_tokens
 
     @property
     def kept_length(self) -> int:
@@ -128,7 +110,7 @@ class SinkSession:
         """Start a new stream with the same system prompt."""
         self._worker.end()
         self.cache.reset()
-        self._start()
+        self._transcript.restart()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the stream to a safetensors file, from which `load` resumes it bitwise.
@@ -141,17 +123,9 @@ class SinkSession:
             OSError: if the file cannot be written.
         """
         self._worker.end()
-        state = {
-            "model": _fingerprint(self.model),
-            "tokenizer": _vocabulary(self.tokenizer),
-            "system": self.system,
-            "ids": torch.tensor(self._ids, dtype=torch.long),
-            "forgotten": self._forgotten,
-            "open": self._open,
-            "ended": self._ended,
-            "cache": self.cache.state(),
-        }
-        files.write(path, "session", state)
+        inner = unwrapped(self.model)
+        of = {"model": fingerprint(inner), "tokenizer": vocabulary(self.tokenizer), "system": self.system}
+        files.write(path, "session", {**of, **self._transcript.state()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: Any) -> Self:
@@ -172,21 +146,39 @@ class SinkSession:
             >>> session = SinkSession.load("chat.safetensors", model, tokenizer)
         """
         state = checked(files.read(path, "session"), _FIELDS, "a session")
+        config, template = _check_parts(model, tokenizer, state["system"])
+        inner = unwrapped(model)
         # In a model that accelerate placed, each layer of the cache goes where it was, otherwise to the model's device.
-        device = None if getattr(model, "hf_device_map", None) else model.device
-        cache = SinkCache.from_state(state["cache"], model.config, device)
-        for name, ours in (("model", _fingerprint(model)), ("tokenizer", _vocabulary(tokenizer))):
-            if state[name] != ours:
-                what = "the weights" if name == "model" else "the vocabulary"
-                raise ValueError(
-                    f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same."
-                )
+        device = None if getattr(inner, "hf_device_map", None) else inner.device
+        transcript = Transcript.from_state(state, config, device)
+        _check_owner(state, path, model=fingerprint(inner), tokenizer=vocabulary(tokenizer))
         session = cls.__new__(cls)
-        session._bind(model, tokenizer, state["system"])
-        session.cache = cache
-        session._ids = state["ids"].tolist()
-        session._forgotten, session._open, session._ended = state["forgotten"], state["open"], state["ended"]
+        session._bind(model, tokenizer, template, transcript)
+        session._check_readable([])
         return session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a branch: it goes on by itself from here, with the same model and tokenizer.
+
+        An open answer goes on in this session alone; the branch has the tokens that the model has made so far.
+
+        Raises:
+            RuntimeError: if another thread uses the session, or if the process was forked while an answer was open.
+        """
+        branch = type(self).__new__(type(self))
+        with self._worker.paused():
+            branch._bind(self.model, self.tokenizer, self._template, copy.deepcopy(self._transcript))
+        return branch
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A SinkSession cannot be pickled, since its model would be pickled with it. Write it to a file by "
+            "`save(path)`, and resume it by `SinkSession.load(path, model, tokenizer)`; within a process, "
+            "`copy.deepcopy(session)` branches it."
+        )
 
     def feed(self, text: str) -> int:
         """Read a text of any length, each token with exactly its own window, and return its number of tokens.
@@ -198,30 +190,34 @@ class SinkSession:
             TypeError, ValueError: if `text` is not a string, or is empty.
         """
         _check_text("text", text)
-        self._worker.end()
-        before = ""
-        if self._template.exists and self._open != "user":
-            before = self._template.before_message(first=not self._ids)
-        elif not self._ids and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
-            self._ids.append(self.tokenizer.bos_token_id)
-        self._drop_end_of_turn()
-        first = self.tokens_seen + len(self._encode(before))
-        tokens = self._encode(before + text)
-        self._ids += tokens
-        self._open = "user"
-        unread = len(self._ids) - 1 - self.cache.get_seq_length()
-        try:
-            short = unread <= self.cache.window_length
-            with (
-                logging.tqdm(total=unread, unit="token", disable=short) as bar,
-                contextlib.closing(self._worker.iterate(self._read_in_chunks)) as counts,
-            ):
-                for count in counts:
-                    bar.update(count)
-        finally:
-            read = max(self.cache.get_seq_length() + 1, first - self._forgotten)
-            del self._ids[read:]
-        return self.tokens_seen - first
+        self._worker.clear()
+        transcript, before, bos = self._transcript, "", []
+        is_first = not transcript.ids
+        if self._template.exists and transcript.turn != "user":
+            before = self._template.before_message(is_first)
+        elif is_first and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
+            is_first, bos = False, [self.tokenizer.bos_token_id]
+        num_before = len(bos) + len(encode(self.tokenizer, before, is_first))
+        tokens = [*bos, *encode(self.tokenizer, before + text, is_first)]
+        self._check_readable(tokens)
+        first = transcript.num_tokens - transcript.ended + num_before
+        unread = len(transcript.ids) - transcript.ended + len(tokens) - 1 - transcript.num_read
+
+        def produce(emit: Emit) -> None:
+            with transcript.appending():
+                transcript.append_turn("user", tokens)
+                try:
+                    self._read_in_chunks(emit)
+                finally:
+                    del transcript.ids[max(transcript.num_read + 1, first - transcript.forgotten) :]
+
+        with (
+            logging.tqdm(total=unread, unit="token", disable=unread <= self.cache.window_length) as bar,
+            contextlib.closing(self._worker.iterate(produce)) as counts,
+        ):
+            for count in counts:
+                bar.update(count)
+        return transcript.num_tokens - first
 
     def chat(self, message: str, **generate_kwargs: Any) -> Generator[str]:
         """Answer a message, in pieces of text as they are generated.
@@ -239,18 +235,17 @@ class SinkSession:
             TypeError, ValueError: naming the argument and its value, before anything is read.
         """
         _check_text("message", message)
-        self._worker.end()
-        if self._open == "user":  # after `feed`
-            text = "\n\n" + message + self._template.after_message(first=not self._ids)
+        self._worker.clear()
+        transcript, is_first = self._transcript, not self._transcript.ids
+        if transcript.turn == "user":  # after `feed`
+            text = "\n\n" + message + self._template.after_message(is_first)
         else:
-            text = self._template.turn(message, first=not self._ids)
-        tokens = self._encode(text)
+            text = self._template.turn(message, is_first)
+        tokens = encode(self.tokenizer, text, is_first)
         self._prepare(tokens, generate_kwargs)
 
         def begin() -> Detokenizer:
-            self._drop_end_of_turn()
-            self._ids.extend(tokens)
-            self._open = "assistant"
+            transcript.append_turn("assistant", tokens)
             return Detokenizer(self.tokenizer)
 
         return self._pieces(generate_kwargs, begin)
@@ -258,57 +253,76 @@ class SinkSession:
     def generate(self, **generate_kwargs: Any) -> Generator[str]:
         """Continue the stream, in pieces of text as they are generated: after `feed`, or after an answer.
 
-        An answer that was cut off goes on; after one that the model has ended, new text follows its end.
+        An answer that was cut off goes on, also one that an error ended; after one that the model has ended, new text
+        follows its end.
 
         Raises:
             TypeError, ValueError: naming the argument and its value; if there is nothing to continue.
         """
-        self._worker.end()
-        if len(self._ids) == self.cache.get_seq_length():  # at the start, or where an error ended an answer
+        self._worker.clear()
+        transcript = self._transcript
+        if not transcript.ids:
             raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")
         self._prepare([], generate_kwargs)
+        if len(transcript.ids) == transcript.num_read:
+            # An error ended the answer before the next token was chosen: the last one is read once more.
+            try:
+                self.cache.crop(-1)
+            except ValueError as error:
+                raise ValueError(
+                    "The answer cannot be continued: an error ended it after its last token was read, and this "
+                    f"{self.cache.config.model_type!r} model cannot take that back. `chat(message)` goes on from here."
+                ) from error
 
         def begin() -> Detokenizer:
-            self._ended = False
-            return Detokenizer(self.tokenizer, self._ids[-8:])
+            transcript.ended = False
+            return Detokenizer(self.tokenizer, transcript.ids[-8:])
 
         return self._pieces(generate_kwargs, begin)
 
-    # Text to tokens
+    # Before anything is read
 
-    def _drop_end_of_turn(self) -> None:
-        """Remove the token by which the model ended its answer: the template writes it again."""
-        if self._ended:
-            self._ids.pop()
-        self._ended = False
-
-    def _encode(self, text: str) -> list[int]:
-        return encode(self.tokenizer, text, first=not self._ids)
+    def _check_readable(self, tokens: list[int]) -> None:
+        """Check that the model can read what is unread, and `tokens` after it."""
+        inner, transcript = unwrapped(self.model), self._transcript
+        check_model(inner, self.cache)
+        unread = [*transcript.ids[transcript.num_read :], *tokens]
+        known = getattr(inner.get_input_embeddings(), "num_embeddings", math.inf)
+        if max(unread, default=0) >= known:
+            raise ValueError(
+                f"`tokenizer` must be that of the model, whose embeddings are for {known} tokens: it gives the token "
+                f"{max(unread)}."
+            )
+        transcript.check_room(len(unread))
 
     def _prepare(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
-        """Complete the arguments of an answer to `tokens`, and check them before anything is read."""
-        if GenerationSettings(self.model, generate_kwargs)["stop_strings"] is not None:
+        """Complete the arguments of an answer to `tokens`, and check them."""
+        self._check_readable(tokens)
+        inner = unwrapped(self.model)
+        if GenerationSettings(inner, generate_kwargs)["stop_strings"] is not None:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
-        _check_generate(self.model, self.cache, self._tensor([*self._ids, *tokens]), generate_kwargs)
+        _check_generate(inner, self.cache, self._tensor([*self._transcript.ids, *tokens]), generate_kwargs)
 
     # Reading and generating, on the worker's thread
 
     def _pieces(self, generate_kwargs: dict[str, Any], begin: Callable[[], Detokenizer]) -> Generator[str]:
         def produce(emit: Emit) -> None:
-            detokenizer = begin()
-            if self._read_in_chunks(lambda count: emit("")):
-                self._generate_parts(generate_kwargs, detokenizer, emit)
+            with self._transcript.appending():
+                detokenizer = begin()
+                if self._read_in_chunks(lambda count: emit("")):
+                    self._generate_parts(generate_kwargs, detokenizer, emit)
 
         return self._worker.iterate(produce)
 
     def _read_in_chunks(self, emit: Emit) -> bool:
         """Read all tokens but the last one, and emit how many at a time. Return True if all were read."""
-        while (unread := len(self._ids) - 1 - self.cache.get_seq_length()) > 0:
-            self._compact()
-            seen = self.cache.get_seq_length()
-            block = self._tensor(self._ids[seen : seen + min(unread, self.cache.window_length)])
-            for _ in sink_prefill(self.model, block, self.cache, **last_logits_only(self.model)):
-                before, seen = seen, self.cache.get_seq_length()
+        transcript, one_logit = self._transcript, last_logits_only(unwrapped(self.model))
+        while (unread := len(transcript.ids) - 1 - transcript.num_read) > 0:
+            transcript.compact()
+            seen = transcript.num_read
+            block = self._tensor(transcript.ids[seen : seen + min(unread, self.cache.window_length)])
+            for _ in sink_prefill(self.model, block, self.cache, **one_logit):
+                before, seen = seen, transcript.num_read
                 if not emit(seen - before):
                     return False
         return True
@@ -318,20 +332,20 @@ class SinkSession:
 
         Each call of `generate` makes a part of at most a window: it keeps all its tokens and their mask.
         """
-        settings = GenerationSettings(self.model, generate_kwargs)
+        transcript, settings = self._transcript, GenerationSettings(unwrapped(self.model), generate_kwargs)
         most, least = settings["max_new_tokens"], settings["min_new_tokens"] or 0
         ends = settings["eos_token_id"]
         ends = ends if isinstance(ends, list | tuple) else [ends]
-        criteria = AnswerCriteria(_criteria_of(settings, self.tokenizer))
+        criteria = AnswerCriteria(settings, self.tokenizer)
 
         def take(tokens: list[int]) -> None:
-            self._ids.extend(tokens)
+            transcript.ids.extend(tokens)
             if not emit(detokenizer.push(tokens)):
                 criteria.reader_left = True
 
         generated = 0
         while not criteria.met and (most is None or generated < most):
-            self._compact()
+            transcript.compact()
             length = self.cache.window_length if most is None else min(self.cache.window_length, most - generated)
             arguments = {
                 **generate_kwargs,
@@ -342,42 +356,63 @@ class SinkSession:
             }
             new = self._generate_part(arguments)
             generated += new
-            self._ended = self._ids[-1] in ends
-            if new < length or self._ended:
+            transcript.ended = transcript.ids[-1] in ends
+            if new < length or transcript.ended:
                 break
         if (rest := detokenizer.flush()) and not criteria.reader_left:
             emit(rest)
 
     def _generate_part(self, arguments: dict[str, Any]) -> int:
         """Call `generate` once, and return the number of new tokens."""
-        before = self.tokens_seen
-        input_ids = self._tensor(self._ids)
-        with compile_permission(self.model) as permitted:
+        transcript, before = self._transcript, self.tokens_seen
+        input_ids = self._tensor(transcript.ids)
+        with compile_permission(unwrapped(self.model)) as permitted:
             if not permitted:
                 arguments["disable_compile"] = True
             mask = torch.ones_like(input_ids)
             sink_generate(self.model, input_ids, attention_mask=mask, cache=self.cache, **arguments)
         new = self.tokens_seen - before
-        if self.cache.get_seq_length() != len(self._ids) - 1:
+        if transcript.num_read != len(transcript.ids) - 1:
             raise DriftError(
                 f"`generate` handed out {new} tokens after {before}, and the cache counts "
-                f"{self.cache.get_seq_length() + self._forgotten}"
+                f"{transcript.forgotten + transcript.num_read}"
             )
         return new
 
-    def _compact(self) -> None:
-        """Compact the cache once all recent tokens were evicted once, so that each key is rounded at most once."""
-        cache = self.cache
-        evicted = cache.get_seq_length() - cache.kept_length
-        if evicted >= cache.window_length - cache.num_sink_tokens and cache.can_rebase:
-            cache.compact()
-            del self._ids[cache.num_sink_tokens : cache.num_sink_tokens + evicted]
-            self._forgotten += evicted
-
     def _tensor(self, tokens: list[int]) -> Tensor:
-        device = self.model.device
+        device = unwrapped(self.model).device
         # The weights of an offloaded model are on no device; accelerate moves inputs to where they are needed.
         return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
+
+
+def _check_owner(state: dict[str, Any], path: str | os.PathLike[str], **ours: str) -> None:
+    """Check that a saved session is of this model and this tokenizer."""
+    for name, what in (("model", "the weights"), ("tokenizer", "the vocabulary")):
+        if state[name] != ours[name]:
+            raise ValueError(f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same.")
+
+
+def _length_of_system(tokenizer: Any, template: ChatTemplate, window_length: int) -> int:
+    """Return the number of tokens of the system prompt, which must fit the window."""
+    length = len(encode(tokenizer, template.before_message(first=True), first=True))
+    if length >= window_length:
+        raise ValueError(
+            f"`system` must fit the window: it has {length} tokens with its template, and "
+            f"window_length={window_length} must also hold recent ones. Choose a shorter one or a larger window, or "
+            "let it be forgotten with keep_system_prompt=False."
+        )
+    return length
+
+
+def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, ChatTemplate]:
+    """Check what a session is made of; return the config of the model, and the template."""
+    inner, template = unwrapped(model), ChatTemplate(tokenizer, system)
+    if not isinstance(inner, GenerationMixin):
+        raise TypeError(f"`model` must be a model that can generate, got {type(inner).__name__}.")
+    if system is not None:
+        _check_text("system", system)
+    template.check()
+    return inner.config, template
 
 
 def _check_generate(model: Any, cache: SinkCache, input_ids: Tensor, generate_kwargs: dict[str, Any]) -> None:
@@ -403,33 +438,6 @@ def _check_generate(model: Any, cache: SinkCache, input_ids: Tensor, generate_kw
         raise TypeError(f"`max_new_tokens` must be an int, got {most!r}.")
     bounded = {**generate_kwargs, "max_new_tokens": cache.window_length if most is None else most}
     check_arguments(model, input_ids, cache, bounded)
-
-
-def _criteria_of(settings: GenerationSettings, tokenizer: Any) -> StoppingCriteriaList:
-    """Return the stopping criteria that `generate` would apply anew in each part of an answer."""
-    criteria = StoppingCriteriaList(settings["stopping_criteria"] or [])
-    if settings["stop_strings"] is not None:
-        criteria.append(StopStringCriteria(tokenizer, settings["stop_strings"]))
-    if settings["max_time"] is not None:
-        criteria.append(MaxTimeCriteria(settings["max_time"], time.time()))
-    return criteria
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Return a digest of the first values of each weight, which tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(json.dumps([name, weight.shape, str(weight.dtype)]).encode())
-        if weight.device.type != "meta" and weight.numel() > 0:  # the values of offloaded weights are not at hand
-            local = weight.to_local() if hasattr(weight, "to_local") else weight  # sharded over several processes
-            start = local.detach()[(0,) * (local.ndim - 1)].reshape(-1)[:64]
-            digest.update(start.contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """Return a digest of the vocabulary."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _check_text(name: str, text: object) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
+
+from .prompt import GenerationSettings
 
 # How many items may wait for their reader before the worker pauses.
 _CAPACITY = 8
@@ -49,9 +58,6 @@ class Worker:
         self._iterator: weakref.ref[Generator[Any]] | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
 
-    def __reduce__(self) -> tuple[type["Worker"], tuple[()]]:
-        return Worker, ()  # a copy has a thread of its own
-
     def iterate(self, produce: Callable[[Emit], object]) -> Generator[Any]:
         """Return an iterator over what `produce(emit)` emits, without empty items; it starts with the first item.
 
@@ -63,16 +69,22 @@ class Worker:
         self._iterator = weakref.ref(iterator)
         return iterator
 
+    def clear(self) -> None:
+        """Close the open iterator, if there is one, before the next one.
+
+        Raises:
+            RuntimeError: see `end`; or if the interpreter is shutting down.
+        """
+        self.end()
+        _check_running()
+
     def end(self) -> None:
         """Close the open iterator, if there is one.
 
         Raises:
             RuntimeError: if another thread uses it, or if the process was forked while it was open.
         """
-        if self._thread is threading.current_thread():
-            raise RuntimeError("The session is in use by another thread, for which this one computes.")
-        if self._channel is not None:
-            self._channel.check_process()
+        self._check_usable()
         iterator = None if self._iterator is None else self._iterator()
         if iterator is not None:
             try:
@@ -81,6 +93,26 @@ class Worker:
                 raise RuntimeError("The session is in use by another thread; only one at a time may use it.") from error
         if self._channel is not None:  # whose reader may have been interrupted while it left
             self._channel.close()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is computed, and all state is consistent. An open iterator goes on afterwards.
+
+        Raises:
+            RuntimeError: if this thread computes for the session, or if the process was forked while it was open.
+        """
+        self._check_usable()
+        # Held, since the garbage collector would otherwise close it here, and wait for the thread that is paused.
+        iterator = None if self._iterator is None else self._iterator()
+        with contextlib.nullcontext() if self._channel is None else self._channel.paused():
+            yield
+        del iterator
+
+    def _check_usable(self) -> None:
+        if self._thread is threading.current_thread():
+            raise RuntimeError("The session is in use by another thread, for which this one computes.")
+        if self._channel is not None:
+            self._channel.check_process()
 
     def _iterate(self, produce: Callable[[Emit], object]) -> Generator[Any]:
         self._channel = channel = _Channel(torch.get_num_threads())
@@ -101,13 +133,20 @@ class Worker:
 
     def _running_thread(self) -> "_Thread":
         if self._thread is None or self._thread not in _threads:
+            thread = _Thread()
+            try:
+                _threads.add(thread)  # before the question, since `_end_threads` ends those that it finds
+                _check_running()
+                thread.start()
+            except BaseException:
+                _threads.discard(thread)
+                thread.end()
+                raise
             if self._finalizer is not None:
                 self._finalizer.detach()
-            self._thread = _Thread()
-            self._finalizer = weakref.finalize(self, self._thread.end)
+            self._thread = thread
+            self._finalizer = weakref.finalize(self, thread.end)
             self._finalizer.atexit = False  # `_end_threads` does it, and waits
-            self._thread.start()
-            _threads.add(self._thread)
         return self._thread
 
 
@@ -139,6 +178,7 @@ class _Thread(threading.Thread):
 
 
 _threads: set[_Thread] = set()
+_exiting = False
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.clear)
 
@@ -146,11 +186,19 @@ if hasattr(os, "register_at_fork"):
 @atexit.register
 def _end_threads() -> None:
     """A daemon thread that computes while the interpreter is torn down would abort the process."""
+    global _exiting
+    _exiting = True
     threads = list(_threads)
     for thread in threads:
         thread.end()
     for thread in threads:
-        _uninterrupted(thread.join)
+        with contextlib.suppress(RuntimeError):  # it starts only now, and finds that it shall end
+            _uninterrupted(thread.join)
+
+
+def _check_running() -> None:
+    if _exiting:
+        raise RuntimeError("The interpreter is shutting down: a session can be saved, but generates no more.")
 
 
 def _uninterrupted(wait: Callable[[], object]) -> None:
@@ -184,6 +232,8 @@ class _Channel:
         # Who came first: the producer, that begins, or the reader, that leaves before. `setdefault` is atomic, and may
         # be repeated after an interrupt.
         self._first: dict[str, str] = {}
+        # The producer's, except while it sends. Who waits for it holds the gate, so that the producer waits there.
+        self._turn, self._gate = threading.Lock(), threading.Lock()
         self._producer: int | None = None
         self._process = os.getpid()
         self._num_threads = num_threads
@@ -199,7 +249,8 @@ class _Channel:
             if torch.get_num_threads() != self._num_threads:
                 torch.set_num_threads(self._num_threads)
             if self._first.setdefault("", "producer") == "producer":
-                produce(self._send)
+                with self._turn:
+                    produce(self._send)
         except BaseException as error:
             if not self._left:
                 self.error = error
@@ -207,14 +258,24 @@ class _Channel:
         self._items.put(_END)
 
     def _send(self, item: Any) -> bool:
+        self._turn.release()
+        with self._gate:
+            pass
         if not self._left:
             self._room.get()
+        self._turn.acquire()
         if self._left:
             return False
         self._items.put(item)
         return True
 
     # The reader's thread
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the producer waits where it sends an item, or has not begun."""
+        with self._gate, self._turn:
+            yield
 
     def receive(self) -> Any:
         """Return the next item, `_END` after the last one."""
@@ -296,15 +357,23 @@ class Detokenizer:
 
 
 class AnswerCriteria(StoppingCriteria):
-    """The stopping criteria of one answer, over all parts in which it is generated.
+    """The stopping criteria of one answer, which `generate` would apply anew in each part of it.
+
+    Args:
+        settings: of the answer.
+        tokenizer: for its stop strings.
 
     Attributes:
         reader_left: True if nobody reads the answer any more.
         met: True if the answer is complete, for this or for another reason.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList) -> None:
-        self._criteria = criteria
+    def __init__(self, settings: GenerationSettings, tokenizer: Any) -> None:
+        self._criteria = StoppingCriteriaList(settings["stopping_criteria"] or [])
+        if settings["stop_strings"] is not None:
+            self._criteria.append(StopStringCriteria(tokenizer, settings["stop_strings"]))
+        if settings["max_time"] is not None:
+            self._criteria.append(MaxTimeCriteria(settings["max_time"], time.time()))
         self.reader_left = self.met = False
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -354,6 +423,8 @@ def _gnu_openmp() -> ctypes.CDLL | None:
 
 # Which models a session generates with at this moment.
 _in_use: weakref.WeakKeyDictionary[PreTrainedModel, threading.Lock] = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_use.clear)
 
 
 @contextlib.contextmanager

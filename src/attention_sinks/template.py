@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 # Placeholders for the parts of a conversation that are not known yet.
 _MESSAGE, _ANSWER = "message-b0b95fa4", "answer-57c1de90"
 
@@ -22,6 +24,27 @@ class ChatTemplate:
     def exists(self) -> bool:
         """True if the tokenizer has a chat template."""
         return self._tokenizer.chat_template is not None
+
+    def check(self) -> None:
+        """Check, before a conversation, that it can be written turn by turn.
+
+        Raises:
+            TypeError, ValueError: naming the tokenizer, or the system prompt.
+        """
+        if not isinstance(self._tokenizer, PreTrainedTokenizerBase):
+            remedy = " Pass its `tokenizer`." if hasattr(self._tokenizer, "tokenizer") else ""
+            raise TypeError(
+                f"`tokenizer` must be a tokenizer of transformers, got {type(self._tokenizer).__name__}.{remedy}"
+            )
+        if not self.exists and self.system is None:
+            return
+        for first in (True, False):
+            if self.turn(_MESSAGE, first).count(_MESSAGE) != 1:
+                raise ValueError(
+                    "The chat template of the tokenizer does not show messages as they are, so that a conversation "
+                    "cannot be written turn by turn. Set `tokenizer.chat_template` to another one, or to None for "
+                    "`feed(text)` and `generate()`."
+                )
 
     def before_message(self, first: bool) -> str:
         """Return the part of a turn before the user's message."""
@@ -65,7 +88,8 @@ class ChatTemplate:
         if text.count(_ANSWER) != 1:
             raise ValueError(
                 "The chat template of the tokenizer does not show earlier answers as they were, so that a conversation "
-                "cannot be continued turn by turn."
+                "cannot be continued turn by turn. Set `tokenizer.chat_template` to another one, or to None for "
+                "`feed(text)` and `generate()`."
             )
         return text.partition(_ANSWER)[2]
 

@@ -64,10 +64,14 @@ class Branch:
     # States that an update returned under autograd, which nothing may overwrite, and copies of them.
     given: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False) -> None:
-        """Run the part of a forward pass that concerns the cache, and check what its queries see."""
+    def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False, repeats: int = 1) -> None:
+        """Run the part of a forward pass that concerns the cache, and check what its queries see.
+
+        `repeats`: how many rows beside each other get the same tokens, as beams get a prompt.
+        """
         cache, stream, layers = self.cache, self.stream, self.stream.model.layers
         chunk = stream.new_tokens(query_length, self.source)
+        chunk = [[*chunk[i - i % repeats]] for i in range(len(chunk))]
         self.check_sizes(query_length, windowed)
         kv_lengths = [stream.announced(layer, query_length, windowed)[0] for layer in layers]
         views = stream.feed(chunk, windowed)
@@ -84,6 +88,9 @@ class Branch:
                 continue
             keys, values, indexed = returned[i]
             assert keys.shape[2] == values.shape[2] == kv_length
+            if not windowed or query_length > 1 or stream.is_padded:  # as `sink_prefill` reads
+                weights = torch.empty(len(keys), 1, query_length, kv_length)
+                self.check_columns(layer, cache.token_indices(i, weights, prefilled=windowed), keys, values, views[-1])
             if mode == "grad" and layer.is_ring:
                 assert keys.requires_grad
                 assert values.requires_grad
@@ -99,6 +106,24 @@ class Branch:
             else:
                 for query, view in enumerate(views):
                     self.check_window(layer, view, keys, values, visible, query)
+
+    def check_columns(
+        self, layer: Layer, indices: Tensor, keys: Tensor, values: Tensor, view: View | None = None
+    ) -> None:
+        """Check that the columns hold the tokens that the cache says, and all that the last query sees."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        kind, states = (layer.keys, keys) if layer.keys.rope is None else (layer.values, values)
+        assert indices.shape == states[:, 0, :, 0].shape
+        for row, numbers in enumerate(indices.tolist()):
+            tokens = self.stream.rows[row].counted
+            words = torch.tensor([[tokens[i].word if i >= 0 else PAD for i in numbers]])
+            shown = torch.tensor(numbers)[:, None] >= 0
+            expected = kind.at(words, torch.zeros_like(words))[0].to(self.stream.dtype)
+            assert torch.equal(states[row].to(self.stream.dtype) * shown, expected * shown)
+            assert not any(tokens[i].is_pad for i in numbers if i >= 0)
+            if view is not None and layer.is_ring:
+                assert {*view.words[row][view.is_token[row]].tolist()} <= {tokens[i].word for i in numbers if i >= 0}
 
     def lowered(self, query_length: int) -> contextlib.AbstractContextManager[Any]:
         is_rebased = self.stream.is_rebased
@@ -238,6 +263,9 @@ class Branch:
                 assert layer.keys.shape[2] == stream.window_length
                 assert not layer.keys.requires_grad
                 assert not layer.values.requires_grad
+                indices = cache.token_indices(i)
+                self.check_columns(kind, indices, layer.keys, layer.values)
+                assert (indices >= 0).sum(dim=1).tolist() == [len(row.held) for row in stream.rows]
         offsets = inside.position_offsets(cache)
         expected = stream.offsets() if stream.is_initialized else [0] * len(stream.rows)
         assert offsets * (len(expected) // len(offsets)) == expected
@@ -353,7 +381,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     def read_long_prompt(self, query_length: int) -> None:
         self.update(query_length, "no_grad")
 
-    def update(self, query_length: int, mode: str, windowed: bool = False) -> None:
+    def update(self, query_length: int, mode: str, windowed: bool = False, repeats: int = 1) -> None:
         if query_length < 1:
             return
         if mode == "inference" and self.stream.model.has_linear_layers:
@@ -363,14 +391,14 @@ class SinkCacheMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="would hide the sinks"), self.branch.lowered(query_length):
                 self.cache.get_mask_sizes(query_length, 0)
         else:
-            self.branch.update(query_length, mode, windowed)
+            self.branch.update(query_length, mode, windowed, repeats)
 
     @precondition(lambda self: not self.stream.is_initialized and self.stream.is_padded)
     @rule(repeats=st.integers(2, 3), query_length=chunk_lengths)
     def read_repeated(self, repeats: int, query_length: int) -> None:
         """Beams repeat the rows of the first prompt without a call of the cache."""
         self.stream.choose([row for row in range(len(self.stream.rows)) for _ in range(repeats)])
-        self.update(query_length, "no_grad")
+        self.update(query_length, "no_grad", repeats=repeats)
 
     # --- taking tokens back
 
@@ -453,6 +481,20 @@ class SinkCacheMachine(RuleBasedStateMachine):
             change()
             self.stream.compact() if compact else self.stream.rebase()
 
+    # --- other buffers
+
+    @precondition(lambda self: self.stream.is_initialized)
+    @rule(as_attributes=st.booleans(), data=st.data())
+    def move_away_and_back(self, as_attributes: bool, data: Any) -> None:
+        """Move all states to a wider dtype and back, as to another device; or some by hand, and not back."""
+        if not as_attributes:
+            assert self.cache.to(dtype=torch.float64).to(self.stream.dtype) is self.cache
+            return
+        for layer in inside.sink_layers(self.cache):
+            for name in data.draw(st.sets(st.sampled_from(["keys", "values"])), label="replaced"):
+                if layer.is_initialized:
+                    setattr(layer, name, getattr(layer, name).to(torch.float64, copy=True))
+
     # --- copies
 
     @precondition(lambda self: self.stream.is_initialized)
@@ -514,7 +556,7 @@ class SinkCacheMachine(RuleBasedStateMachine):
     @rule()
     def refuse_pads_that_nobody_announced(self) -> None:
         """Two equal rotating states at the start can only be padding; earlier layers have stored them already."""
-        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.is_ring and layer.rotates]
+        rotating = [i for i, layer in enumerate(self.stream.model.layers) if layer.rotates]
         if rotating:
             words = torch.tensor([[PAD, PAD, 5]] * len(self.stream.rows))
             with torch.no_grad():

@@ -20,7 +20,7 @@ from attention_sinks import SinkCache
 
 from ..support.models import CACHE
 from ..support.programs import COMMAND, ENVIRONMENT
-from ..support.tokenizer import byte_tokenizer, chat_model
+from ..support.tokenizer import WORDS, byte_tokenizer, chat_model
 
 pytestmark = pytest.mark.processes
 
@@ -49,7 +49,7 @@ def run(*arguments: object, directory: Path) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "perplexity", "info"])
+@pytest.mark.parametrize("command", ["chat", "generate", "perplexity", "recall", "info"])
 def test_help_shows_the_usage_of_every_command(command: str, tmp_path: Path) -> None:
     result = run(command, "--help", directory=tmp_path)
     assert result.returncode == 0
@@ -146,6 +146,22 @@ def test_perplexity_writes_curves_and_a_table(folder: Path, text: Path, tmp_path
     assert (tmp_path / "out.png").stat().st_size > 10_000
     for name in names:
         assert re.search(rf"│ {name} +│ +[\d,.]+ +│ +[\d,.]+ +│", result.stdout)
+
+
+def test_recall_writes_curves_and_a_table(tmp_path: Path) -> None:
+    chat_model(vocab_size=259 + len(WORDS)).save_pretrained(tmp_path / "model")
+    byte_tokenizer(words=WORDS).save_pretrained(tmp_path / "model")
+    arguments = ("recall", "-m", "model", "-w", 64, "-s", 2, "--distances", "5,10", "--num-lines", 30)
+    result = run(*arguments, "--num-streams", 2, "-o", "out", directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["cache"], row["distance"]) for row in rows] == [
+        (name, distance) for name in ("dense", "window", "2 sinks") for distance in ("5", "10")
+    ]
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    for distance in (5, 10):
+        assert re.search(rf"│ {distance} +│ +[\d,]+ +│ +\d+ +(│ +\d+% +){{3}}│", result.stdout)
 
 
 class Terminal:

@@ -56,8 +56,8 @@ def ends(thread: threading.Thread) -> bool:
     return not thread.is_alive()
 
 
-def run(script: str) -> subprocess.CompletedProcess[str]:
-    header = "from tests.programs.test_session_thread import *\nmodel = chat_model()\n"
+def run(script: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    header = before + "from tests.programs.test_session_thread import *\nmodel = chat_model()\n"
     command = [sys.executable, "-c", header + script]
     env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}  # early transformers 5 warns of a missing mask
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=300)
@@ -198,8 +198,45 @@ def test_an_interpreter_with_an_open_answer_exits(model: Any) -> None:
         assert (result.returncode, result.stderr) == (code, "")
 
 
+LATE = {
+    "a daemon thread that asks on and on": """
+def ask():
+    while True:
+        "".join(SinkSession(model, byte_tokenizer(), 16).chat("Hello", max_new_tokens=5))
+
+threading.excepthook = lambda error: time.sleep(60)
+for _ in range(3):
+    threading.Thread(target=ask, daemon=True).start()
+time.sleep(0.5)
+""",
+    "answers at exit": """
+session = SinkSession(model, byte_tokenizer(), 16)
+answer = open_answer(session)
+""",
+}
+AT_EXIT = """
+import atexit
+
+def late():  # after ours
+    global answer
+    try:
+        answer = open_answer(session)
+    except (NameError, RuntimeError) as error:
+        print(error)
+
+atexit.register(late)
+"""
+
+
+@pytest.mark.parametrize("ending", LATE)
+def test_nothing_begins_while_the_interpreter_ends(ending: str) -> None:
+    result = run(LATE[ending], before=AT_EXIT)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "shutting down: a session can be saved" in result.stdout or ending != "answers at exit"
+
+
 FORK = """
-import os, signal, warnings
+import copy, os, signal, warnings
 warnings.simplefilter("ignore")  # newer versions of Python warn of a fork beside threads
 
 def in_child(use):
@@ -226,6 +263,8 @@ in_child(lambda: next(answer))
 in_child(lambda: session.feed("more"))
 in_child(lambda: answer.close())
 in_child(lambda: ask(SinkSession(model, byte_tokenizer(), 16)) > 0)
+in_child(lambda: "prepare_inputs_for_generation" in vars(model))
+in_child(lambda: copy.deepcopy(session))
 print("parent", next(answer) != "")
 """
 
@@ -236,8 +275,9 @@ def test_a_fork_has_a_thread_of_its_own_and_no_open_answer(model: Any) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0].removeprefix("child") == lines[1].removeprefix("parent")
-    assert all("forked while an answer was open" in line and "`load`" in line for line in lines[2:4])
-    assert lines[4:] == ["child None", "child True", "parent True"]
+    assert all("forked while an answer was open" in line and "`load`" in line for line in (*lines[2:4], lines[7]))
+    assert lines[4:7] == ["child None", "child True", "child False"]
+    assert lines[8:] == ["parent True"]
 
 
 @pytest.mark.usefixtures("_as_on_cuda", "_forget_what_was_compiled")

@@ -232,6 +232,7 @@ class Row:
     Args:
         pads: the number of pads that it begins with.
         fed: every column ever fed, pads included.
+        counted: the same, as far as the cache counts them; compacting drops what was evicted.
         held: the tokens that a ring holds.
         recorded: the tokens of the last update, while it can be taken back completely.
         position: the position of the next token, as the model gets it.
@@ -239,6 +240,7 @@ class Row:
 
     pads: int = 0
     fed: list[Token] = field(default_factory=list)
+    counted: list[Token] = field(default_factory=list)
     held: list[Token] = field(default_factory=list)
     recorded: list[Token] = field(default_factory=list)
     position: int = 0
@@ -325,6 +327,7 @@ class Stream:
         for row, new in zip(self.rows, chunk, strict=True):
             tokens = [token for token in new if not token.is_pad]
             row.fed += new
+            row.counted += new
             row.recorded = tokens
             row.position += len(tokens)
         self.seen += query_length
@@ -393,6 +396,7 @@ class Stream:
             row.recorded = []
             row.position -= taken
             del row.fed[len(row.fed) - removed :]
+            del row.counted[len(row.counted) - removed :]
         self.held = min(self.held - from_held + accepted, self.window_length)
         self.recorded = 0
         self.seen -= removed
@@ -416,9 +420,10 @@ class Stream:
     def compact(self) -> None:
         self.rebase()
         evicted = self.num_evicted
+        self.seen -= evicted
         for row in self.rows:
             row.pads = max(row.pads - evicted, 0)
-        self.seen -= evicted
+            row.counted = [Token(PAD, 0, is_pad=True)] * min(row.pads, self.seen) + row.held
         self.is_rebased = False
 
     def choose(self, rows: list[int]) -> None:

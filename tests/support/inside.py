@@ -137,7 +137,7 @@ def set_position_limit(cache: SinkCache, limit: int) -> None:
 
 def rebase_every(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
     """Let `sink_generate` and `sink_prefill` rebase positions once they have grown by `positions`."""
-    monkeypatch.setattr(attention_sinks.storage.stream, "ACCURATE_POSITIONS", positions)
+    monkeypatch.setattr(attention_sinks.storage.changes, "ACCURATE_POSITIONS", positions)
 
 
 def age(cache: SinkCache, offset: int, rebased: bool) -> int:
@@ -234,7 +234,7 @@ FILES = attention_sinks.files
 
 def ids_of(session: SinkSession) -> list[int]:
     """The tokens that the cache counts, and those that it has still to read."""
-    return session._ids
+    return session._transcript.ids
 
 
 def thread_of(session: SinkSession) -> Any:
@@ -244,7 +244,7 @@ def thread_of(session: SinkSession) -> Any:
 
 def age_session(session: SinkSession, tokens: int) -> None:
     """Let a session have forgotten `tokens` more tokens."""
-    session._forgotten += tokens
+    session._transcript.forgotten += tokens
 
 
 def pending_length(detokenizer: Detokenizer) -> int:

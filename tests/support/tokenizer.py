@@ -1,5 +1,7 @@
 """A tokenizer with a token for each byte, chat templates of three families, and a tiny model for them."""
 
+from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,13 +27,19 @@ BRACKETS = (  # like Llama 2: puts the system prompt into the first message
 )
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS}
 END = 2
+# As many words as the streams of `attention-sinks recall` are made of.
+WORDS = ["".join(letters) for letters in product("abcde", repeat=5)][:800]
 
 
-def byte_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A token for each byte, so that text and tokens have the same length, and three special tokens."""
+def byte_tokenizer(template: str | None = CHATML, words: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """A token for each byte, so that text and tokens have the same length, and three special tokens.
+
+    The tokens of `words`, each with a space before it, are in the vocabulary, but no text is encoded with them.
+    """
     special = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    vocabulary = [*special, *alphabet, *(f"\u0120{word}" for word in words)]  # the byte-level form of a space
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)

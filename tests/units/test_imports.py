@@ -15,7 +15,10 @@ LIBRARY = sorted(Path(path) for path in inside.library_files())
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 INSIDE = Path(inside.__file__)
 # What tests may import from the library besides `inside`: the programs and what is theirs alone.
-OPEN = {"attention_sinks", *(f"attention_sinks.{name}" for name in ("__main__", "compat", "evaluate", "load"))}
+OPEN = {
+    "attention_sinks",
+    *(f"attention_sinks.{name}" for name in ("__main__", "compat", "evaluate", "lm_eval", "load", "recall")),
+}
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -68,6 +68,7 @@ class Positions:
         limit: the number of positions before the model ends or changes its behaviour.
         masked: True if the model runs with a mask over all tokens seen, as padded batches need it.
         rebasable: True if lower `position_ids` bring the behaviour back, whatever number of tokens was seen.
+        first_rotating_layer: the first layer of any kind whose cached states rotate.
     """
 
     rotations: dict[int, Rotation | None]
@@ -76,6 +77,7 @@ class Positions:
     limit: int = LAST_POSITION
     masked: bool = True
     rebasable: bool = True
+    first_rotating_layer: int | None = None
 
 
 def derive_positions(config: PreTrainedConfig, layers: Iterable[int]) -> Positions:
@@ -101,6 +103,7 @@ def derive_positions(config: PreTrainedConfig, layers: Iterable[int]) -> Positio
         limit=measured.limit,
         masked=measured.masked,
         rebasable=measured.rebasable,
+        first_rotating_layer=min((i for i, x in measured.rotations.items() if isinstance(x, Rotation)), default=None),
     )
 
 

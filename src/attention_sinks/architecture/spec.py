@@ -56,12 +56,6 @@ class CacheSpec:
         return tuple(self.positions.rotations)
 
     @property
-    def first_rotating_layer(self) -> int | None:
-        """The index of the first sink layer whose states carry a position."""
-        rotations = self.positions.rotations
-        return next((i for i, rotation in rotations.items() if rotation is not None), None)
-
-    @property
     def longest_window(self) -> int:
         """The most tokens that a layer of any kind holds."""
         windows = (each.sliding_window for each in self.layers if isinstance(each, DynamicSlidingWindowLayer))
@@ -176,7 +170,7 @@ def _given(config: PreTrainedConfig, layers: list[Any], replaced: list[int], rot
             f"`rotation` cannot say how the indexers of this {config.model_type!r} model rotate their keys; leave it "
             "out."
         )
-    return Positions(dict.fromkeys(replaced, rotation))
+    return Positions(dict.fromkeys(replaced, rotation), first_rotating_layer=replaced[0])
 
 
 def _keeps_sinks(layer: Any, layer_idx: int, config: PreTrainedConfig, window_length: int) -> bool:

@@ -94,7 +94,7 @@ class Twin:
                     layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
                     if _has_indexer(layer):
                         layer.indexer_keys = layer.indexer_keys.flip(1)
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output["logits" if "logits" in output else "last_hidden_state"][:, -1]
         return logits
 
     def _forward(self, cache: DynamicCache, **inputs: Tensor | None) -> Any:
@@ -176,16 +176,23 @@ def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], Pr
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the causal language model of a config: the registered one, or that of the module beside the config.
 
+    The text model of a multimodal one may have no language head of its own: then it is the model without a head.
+
     Raises:
         ImportError, TypeError: if there is none.
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    for model_class in vars(module).values():
-        generates = isinstance(model_class, type) and issubclass(model_class, GenerationMixin)
-        if generates and getattr(model_class, "config_class", None) is type(config):
-            return cast(type[PreTrainedModel], model_class)
+    classes = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, PreTrainedModel) and each.config_class is type(config)
+    ]
+    for kind in (GenerationMixin, PreTrainedModel):
+        for model_class in classes:
+            if issubclass(model_class, kind) and (kind is GenerationMixin or names_cache(model_class)):
+                return model_class
     raise TypeError(f"no model that generates is known for {type(config).__name__}")
 
 

@@ -1,5 +1,6 @@
 """What changes a stream between two forward passes: taken back tokens, other rows, other positions."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..compat import LinearAttentionLayer
+from ..fields import Device
+from .checks import ACCURATE_POSITIONS
 from .layers import SinkLayer
 from .mixed import select_linear_rows
 from .plan import UpdatePlan
@@ -63,6 +66,44 @@ def stop_recording(stream: Stream) -> None:
                 layer.record_past = False
 
 
+def move(stream: Stream, device: Device | int, dtype: torch.dtype | None) -> None:
+    """Move all states to another device or dtype, see `SinkCache.to`."""
+    with stream.changing(ValueError), torch.inference_mode(False):
+        sink_layers = list(stream.sink_layers())
+        layers = [*sink_layers, *(layer for layer in stream.layers if not isinstance(layer, SinkLayer))]
+        filled = [layer for layer in sink_layers if layer.is_initialized]
+        # Sinks and recurrent states are float32 beside those of half precision.
+        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        try:  # all of them, before any is put in place: a device may have no room
+            device = None if device is None else torch.empty(0, device=device).device
+            moved = [
+                {name: _moved(x, device, wide if name == "recurrent_states" else dtype) for name, x in each.items()}
+                for each in map(vars, layers)
+            ]
+            sinks = [_moved(None if layer.rotation is None else layer.sinks, device, wide) for layer in filled]
+        except (TypeError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"`device` and `dtype` must be at hand, got {device} and {dtype}: {error}") from error
+        for layer, states in zip(layers, moved, strict=True):
+            vars(layer).update(states)
+        stream.groups.clear()
+        for layer, each in zip(filled, sinks, strict=True):
+            layer.join_group(each)
+        for layer in layers:
+            for each in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+                stream.policy.mark_static(*each.values())
+
+
+def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Return an attribute of a layer with its tensors, and what it says of them, on a device or in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, torch.device | torch.dtype):
+        return (device if isinstance(value, torch.device) else dtype) or value
+    if type(value) is tuple:
+        return tuple(_moved(each, device, dtype) for each in value)
+    return {key: _moved(each, device, dtype) for key, each in value.items()} if type(value) is dict else value
+
+
 def select_rows(stream: Stream, name: str, argument: Any, index: Tensor) -> None:
     """Keep the rows at `index`, in that order; layers of `transformers` have the method `name` for that."""
     for layer in stream.layers:
@@ -76,7 +117,8 @@ def select_rows(stream: Stream, name: str, argument: Any, index: Tensor) -> None
             select_linear_rows(layer, index)
     stream.groups.select_rows(index)
     positions = stream.layout.positions
-    stream.set_positions(positions.select_rows(lambda rows: rows.index_select(0, index.to(rows.device))))
+    coordinates = stream.coordinates and stream.coordinates.select_rows(index)
+    stream.set_positions(positions.select_rows(lambda rows: rows.index_select(0, index.to(rows.device))), coordinates)
 
 
 def row_index(stream: Stream) -> Tensor:
@@ -86,12 +128,26 @@ def row_index(stream: Stream) -> Tensor:
     return torch.arange(stream.layout.positions.num_rows or num_stored)
 
 
+def needs_rebase(stream: Stream, query_length: int) -> bool:
+    """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
+    left, limit = stream.positions_left(), stream.spec.positions.limit
+    accurate = max(ACCURATE_POSITIONS, 2 * stream.spec.window_length)
+    return stream.spec.can_rebase and (query_length > left or limit - left >= accurate)
+
+
 def rebase(stream: Stream) -> int:
     """Lower the positions of all kept tokens by the number of evicted ones, and return it, see `SinkCache.rebase`."""
     num_evicted = stream.first.evicted_after(stream.first.get_seq_length())
+    coordinates, positions = stream.coordinates, stream.layout.positions
+    now = UpdatePlan(stream.layout, stream.first.known_length, 0, num_evicted, coordinates=coordinates)
+    shift = now.shift(torch.device("cpu"))
     for layer in stream.sink_layers():
-        layer.rebase(num_evicted, stream.layout)
-    stream.set_positions(stream.layout.positions.rebased(num_evicted))
+        layer.rebase(shift, stream.layout)
+    if coordinates is None:
+        positions = positions.rebased(num_evicted)
+    else:
+        coordinates = coordinates.before(stream.first.seen).lowered(shift.flatten())
+    stream.set_positions(positions, coordinates)
     return num_evicted
 
 
@@ -103,4 +159,5 @@ def compact(stream: Stream) -> None:
         layer.move_kept_to_front(plan)
     for layer in stream.sink_layers():
         layer.drop_evicted_from_count(num_evicted)
-    stream.set_positions(stream.layout.positions.compacted(num_evicted))
+    coordinates = stream.coordinates and replace(stream.coordinates, end=stream.coordinates.end - num_evicted)
+    stream.set_positions(stream.layout.positions.compacted(num_evicted), coordinates)

@@ -12,6 +12,7 @@ from ..architecture.settings import config_state
 from ..compat import LinearAttentionLayer
 from ..fields import Device, NoneType, checked, copied, placed
 from ..rope import Rotation
+from .coordinates import Coordinates
 from .layers import SinkLayer
 from .mixed import LINEAR_FIELDS, check_linear_states, restore_linear
 from .positions import token_positions
@@ -34,6 +35,13 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "position_offset": (int,),
     "layers": (list,),
     "process": (list, NoneType),
+}
+# Beside them, if positions are not token counts.
+_COORDINATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "low": (Tensor,),
+    "following": (Tensor,),
+    "end_of_sinks": (Tensor,),
+    "end": (int,),
 }
 # The same of the layers of transformers that keep their own class. `dtype` and `device` come with the first states.
 _DYNAMIC_FIELDS: dict[str, tuple[type, ...]] = {
@@ -145,7 +153,8 @@ def checked_state(state: dict[str, Any]) -> dict[str, Any]:
         upgraded = _upgraded(state)
     except (KeyError, TypeError, AttributeError) as error:  # of format 1
         raise ValueError(f"`path` must be a file that `save` wrote: an entry is missing or wrong ({error}).") from error
-    checked(upgraded, FIELDS, "a cache")
+    optional = {"coordinates": (dict,)} if "coordinates" in upgraded else {}
+    checked(upgraded, {**FIELDS, **optional}, "a cache")
     for layer in upgraded["layers"]:
         if not isinstance(layer, dict):
             raise ValueError(f"`path` must be a file that `save` wrote: the state of a layer is {layer!r:.80}.")
@@ -184,6 +193,8 @@ def stream_state(stream: Stream) -> dict[str, Any]:
         RuntimeError: if a forward pass was interrupted half-way, or runs now.
     """
     stream.check()
+    for layer in stream.sink_layers():
+        layer.bring_back()
     spec, seen = stream.spec, stream.first.get_seq_length()
     state = {
         "config": config_state(spec.config),
@@ -196,6 +207,8 @@ def stream_state(stream: Stream) -> dict[str, Any]:
         "layers": [layer_state(layer) for layer in stream.layers],
         "process": process_of_heads(spec.config, stream.first),
     }
+    if stream.coordinates is not None:
+        state["coordinates"] = vars(stream.coordinates)
     stream.check()
     if stream.first.get_seq_length() != seen:
         raise RuntimeError("A forward pass ran while the stream was saved. Save it between two of them.")
@@ -222,12 +235,14 @@ def restore_stream(stream: Stream, state: dict[str, Any], device: Device) -> Non
         )
     with torch.inference_mode(False):
         stream.restart(token_positions(state["left_padding"], state["position_offset"]))
+        if "coordinates" in state:
+            coordinates = checked(state["coordinates"], _COORDINATE_FIELDS, "the positions of images")
+            stream.set_positions(stream.layout.positions, Coordinates(**coordinates))
         for layer, saved in zip(stream.layers, state["layers"], strict=True):
             restore_layer(layer, saved, device)
             for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-                stream.policy.fix_address(*states.values())
-        stream.groups.set_offset(state["position_offset"])
-        stream.tell_compiled_steps()
+                stream.policy.mark_static(*states.values())
+        stream.update_compiled_count()
     if state["process"] not in (None, process_of_heads(stream.spec.config, stream.first)):
         rank, processes = state["process"]
         raise ValueError(

@@ -1,9 +1,13 @@
 """What is refused before anything is stored: states of another form, chunks that hide the sinks, ends of positions."""
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
+import torch
 from torch import Tensor
 
+from .coordinates import Coordinates
 from .plan import UpdatePlan
 from .positions import TokenPositions
 
@@ -12,6 +16,13 @@ from .positions import TokenPositions
 ACCURATE_POSITIONS = 2**15
 # ... and from here on by 1 %.
 COARSE_POSITION = 2**20
+# What rounding may change between rows of a batch, relative to the largest value.
+ROUNDING = 2**-6
+# How a batch goes on after a common text.
+ROW_BY_ROW = (
+    "Pads after the first prompt cannot be hidden: continue each row by itself, without pads, with a copy of the cache "
+    "(`copy.deepcopy(cache)`; `batch_select_indices` chooses a row)"
+)
 
 
 def check_agreement(key_states: Tensor, value_states: Tensor) -> None:
@@ -50,7 +61,7 @@ def check_states(keys: Tensor, values: Tensor, key_states: Tensor, value_states:
         if states.dtype != slots.dtype or states.device != slots.device:
             raise ValueError(
                 f"`{name}` must keep dtype and device, {slots.dtype} on {slots.device}, got {states.dtype} on "
-                f"{states.device}. Call `reset()`, or use a new cache, to change them."
+                f"{states.device}. Move the cache with `to({str(states.device)!r}, {states.dtype})`, or call `reset()`."
             )
 
 
@@ -58,6 +69,115 @@ def _heads(states: Tensor) -> tuple[int, int, int]:
     """Return batch size, number of heads and head dimension."""
     batch_size, num_heads, _, head_dim = states.shape
     return batch_size, num_heads, head_dim
+
+
+def check_batch(stored: int, dtype: torch.dtype, key_states: Tensor) -> None:
+    """Check that new keys belong to the batch of `stored` rows that other layers hold, and are of its dtype."""
+    if key_states.shape[0] != stored or key_states.dtype != dtype:
+        raise ValueError(
+            f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape {[*key_states.shape]} "
+            f"in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
+        )
+
+
+def check_no_pads(positions: TokenPositions, start: int, key_states: Tensor, value_states: Tensor) -> None:
+    """Check that there are no pads among new tokens but those that are known.
+
+    `generate` puts all pads at one position, so that the states of two in a row are equal. Those of other tokens are
+    not, where states rotate, unless they are zero: such tokens count as pads at the start of a chunk, and at the end of
+    the first one.
+    """
+    check_agreement(key_states, value_states)
+    first = max(positions.known_length(len(key_states)) - start - 1, 0)
+    keys, values = key_states[:, :, first:], value_states[:, :, first:]
+    if keys.shape[2] < 2:
+        return
+    # Almost always the first head suffices.
+    for heads in (slice(1), slice(None)):
+        equal = torch.stack([(x[:, heads, 1:] == x[:, heads, :-1]).all(dim=3).all(dim=1) for x in (keys, values)])
+        if not (equal := equal.all(dim=0)).any():
+            return
+    counts = (keys[:, :, 1:] != 0).any(dim=3).any(dim=1)
+    counts[:, 0] |= first == 0
+    counts[:, -1] |= start == 0
+    tokens = (equal & counts).any(dim=0).nonzero()
+    if len(tokens) > 0:
+        token = start + first + int(tokens[0])
+        _refuse_pads(token, is_first_prompt=start == 0)
+
+
+def _refuse_pads(token: int, is_first_prompt: bool) -> NoReturn:
+    where = f"are equal for the tokens {token} and {token + 1}" if token > 0 else "start with two equal tokens"
+    remedy = "Tell the cache of it: `SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, "
+    remedy += "which does."
+    if not is_first_prompt:
+        remedy = f"{ROW_BY_ROW}. If they are text, call `sink_generate` with an `attention_mask` of ones."
+    elif token > 0:
+        remedy = f"Set the tokenizer's `padding_side` to 'left'. {remedy} If they are text, give it a mask of ones."
+    raise ValueError(f"`key_states` {where}, as only padding does. {remedy}")
+
+
+def num_repeats(num_rows: int, key_states: Tensor, is_compiling: bool) -> int:
+    """Return how often each row of a mask with `num_rows` rows is repeated in a batch, for beams and several answers.
+
+    Repeated rows begin with the same pads. (While the model is compiled that cannot be checked.)
+    """
+    repeats, rest = divmod(len(key_states), num_rows)
+    if rest == 0 and not is_compiling:
+        rows = key_states[:, 0].unflatten(0, (num_rows, repeats))
+        first = rows[:, :1, :1]
+        is_pad = ((rows - first).abs() <= ROUNDING * first.abs().amax(dim=3, keepdim=True)).all(dim=3)
+        length = is_pad.long().cumprod(dim=2).sum(dim=2)
+        rest = int((length != length[:, :1]).any())
+    if rest != 0:
+        raise ValueError(
+            f"`attention_mask` must have a row for each of the {len(key_states)} sequences, or for each group of equal "
+            f"padding, got {num_rows}."
+        )
+    return repeats
+
+
+def refuse_empty(seen: int) -> NoReturn:
+    """Refuse a forward pass without tokens, which `generate` begins if a text and its mask were cut alike."""
+    raise ValueError(
+        f"`input_ids` must bring new tokens, got none after {seen}. `generate` takes a text as long as its "
+        "`attention_mask` for the whole text, and drops as many tokens as were seen: do not cut it. Or give new tokens "
+        "alone, with an `attention_mask` for all that were seen and the new ones."
+    )
+
+
+def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[[Tensor], Tensor] | None) -> None:
+    """Check what a caller puts in the place of the slots of a layer: a copy of them, elsewhere or in another dtype.
+
+    Args:
+        name: the attribute.
+        slots, new: what the layer has, and what it gets.
+        sinks_of: returns what lies in the slots of the sinks, if these are kept a second time.
+    """
+    if not isinstance(new, Tensor) or new.shape != slots.shape or not new.is_floating_point():
+        got = f"{[*new.shape]} in {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
+        raise ValueError(
+            f"`{name}` of a layer must keep the shape {[*slots.shape]} and a floating dtype, got {got}. To change rows "
+            "or tokens, call `batch_select_indices`, `reorder_cache`, `crop` or `reset` of the cache."
+        )
+    if sinks_of is None or slots.is_meta or new.is_meta:
+        return
+    sinks = sinks_of(slots)
+    rounding = ROUNDING * float(sinks.abs().max())
+    if not torch.allclose(sinks_of(new).to(sinks), sinks, rtol=0, atol=rounding, equal_nan=True):
+        raise ValueError(
+            f"`{name}` of a layer must keep the sinks, of which the cache has copies as they were fed: others would be "
+            "lost. To change rows, call `batch_select_indices` or `reorder_cache` of the cache."
+        )
+
+
+def layer_of_another_model(layers: Sequence[object], layer_idx: int) -> ValueError:
+    """Return the error for the states of a layer that a cache does not have."""
+    there = f"layer {layer_idx} is a {type(layers[layer_idx]).__name__}" if layer_idx < len(layers) else "there is none"
+    return ValueError(
+        f"`layer_idx` cannot be {layer_idx}: {there} among the {len(layers)} layers of the `config` that the cache was "
+        "made with. Make the cache with the config of this model, `SinkCache(model.config)`."
+    )
 
 
 def check_window(plan: UpdatePlan, sliding_window: float) -> None:
@@ -95,8 +215,13 @@ def warn_of_coarse_positions(position: int, can_rebase: bool) -> None:
     )
 
 
-def check_rebased(positions: TokenPositions, rebased: bool) -> None:
-    """Check that the caller gives the model lower positions if the cache counts them lower."""
+def check_rebased(positions: TokenPositions, coordinates: Coordinates | None, rebased: bool) -> None:
+    """Check that the caller gives the model positions as the cache counts them, if nobody else can."""
+    if coordinates is not None and not rebased:
+        raise ValueError(
+            "The cache counts positions by the images that it has seen, which plain `generate` does not know of. "
+            "Continue it with `sink_generate` or `sink_prefill`."
+        )
     if positions.offset > 0 and not rebased:
         raise ValueError(
             f"The cache counts positions from {positions.offset} tokens on, since `sink_generate` rebased them. "

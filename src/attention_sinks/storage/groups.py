@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..rope import Rotation
+from .layout import Layout
 from .plan import UpdatePlan
 from .static import CompilePolicy, StaticPlan, replaced
 
@@ -46,11 +47,11 @@ class SinkGroup:
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index`, in that order."""
-        there = index.to(self.device)
+        index = index.to(self.device)
         if isinstance(self._sinks, Tensor):
-            self._sinks = replaced(self._sinks, self._sinks.index_select(1, there))
+            self._sinks = replaced(self._sinks, self._sinks.index_select(1, index))
         else:
-            self._sinks = [replaced(sinks, sinks.index_select(0, there)) for sinks in self._sinks]
+            self._sinks = [replaced(sinks, sinks.index_select(0, index)) for sinks in self._sinks]
 
     def rotated_sinks(self, plan: Plan, index: int) -> Tensor:
         """Return the sinks of a layer where they act in a pass, `[batch_size, num_heads, S, head_dim]`."""
@@ -95,25 +96,28 @@ class SinkGroups:
         policy: when single tokens are compiled.
 
     Attributes:
+        layout: the slots and positions of the batch.
         is_stale: True if compiled steps have counted tokens that Python does not know of.
         has_gap: True if fewer tokens are held than fit, after a `crop`.
     """
 
     def __init__(self, policy: CompilePolicy) -> None:
         self.policy = policy
+        self.layout: Layout = None  # type: ignore[assignment]  # `Stream` sets it
         self.is_stale = self.has_gap = False
         self._groups: dict[object, SinkGroup] = {}
 
     def __iter__(self) -> Iterator[SinkGroup]:
         return iter(self._groups.values())
 
-    def join(self, rotation: Rotation | None, like: Tensor, sinks_shape: torch.Size) -> SinkGroup:
+    def join(self, rotation: Rotation | None, like: Tensor, sinks_shape: torch.Size | None) -> SinkGroup:
         """Return the group for a layer with such a rotation and states `like` these."""
         key = rotation, like.device, like.dtype, sinks_shape
         if key not in self._groups:
             on_device = None if rotation is None else rotation.to(_float64_device(like.device))
             group = self._groups[key] = SinkGroup(on_device, like.device, like.dtype)
-            self.policy.fix_address(group.count, group.offset, None if on_device is None else on_device.inv_freq)
+            group.offset.fill_(self.layout.positions.offset)
+            self.policy.mark_static(group.count, group.offset, None if on_device is None else on_device.inv_freq)
         return self._groups[key]
 
     def clear(self) -> None:
@@ -133,10 +137,11 @@ class SinkGroups:
             group.count.fill_(seen)
         self.is_stale, self.has_gap = False, has_gap
 
-    def set_offset(self, offset: int) -> None:
-        """Tell compiled steps the position offset."""
+    def set_layout(self, layout: Layout) -> None:
+        """Let the tokens of the batch have other slots or positions; tell compiled steps the position offset."""
+        self.layout = layout
         for group in self:
-            group.offset.fill_(offset)
+            group.offset.fill_(layout.positions.offset)
 
     def select_rows(self, index: Tensor) -> None:
         """Keep the rows at `index` of all sinks, in that order."""

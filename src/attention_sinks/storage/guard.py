@@ -18,7 +18,8 @@ class PassGuard:
     """Follows each forward pass through the layers of a cache.
 
     Args:
-        last_layer: index of the last layer that a pass reaches.
+        last_layer: index of the last layer that every pass reaches. Layers after it are those of some passes: the
+            cross-attention to an image, which a pass without an image leaves alone.
     """
 
     def __init__(self, last_layer: int) -> None:
@@ -89,12 +90,13 @@ class PassGuard:
         """
         if self._is_changing:
             what: str | None = "while the states of a layer were changed"
-        elif self._layer_reached != self.last_layer:
+        elif self._layer_reached < self.last_layer:
             what = f"between layer {self._layer_reached} and layer {self.last_layer}"
         else:
             what = damage(self._parts_done)
         if what is not None:
             raise RuntimeError(
-                f"A forward pass was interrupted {what}. Start a new stream with `reset()`. (Or one runs now, in "
-                "another thread; or some layers of the model are compiled and others are not: compile all of it.)"
+                f"A forward pass was interrupted {what}. Start a new stream with `reset()`. (Or the model skips "
+                "layers, or has fewer than the `config` of the cache: make the cache with `model.config`. Or a pass "
+                "runs now in another thread. Or some layers of the model are compiled, others not: compile all of it.)"
             )

@@ -1,18 +1,17 @@
-"""The layers of a `SinkCache`: the sinks in the first slots of a buffer, a ring of recent tokens in the others."""
+"""The layers of a `SinkCache`: what updates, and what changes a stream, do to their slots."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from ..fields import Device, NoneType, check_slots, checked, copied, placed
-from ..rope import Rotation
 from .checks import check_agreement, check_states
-from .groups import Plan, SinkGroup, SinkGroups
+from .groups import Plan
 from .layout import Layout, Once, compute, write_slots
-from .plan import UpdatePlan, WindowedPlan, num_evicted_after
+from .plan import UpdatePlan, WindowedPlan
+from .slots import SlotLayer
 from .static import StaticPlan, replaced
 
 _ROWS = "The rows of all layers belong together: call this method of the cache, not of a layer."
@@ -29,154 +28,34 @@ _ATTRIBUTES: dict[str, tuple[type, ...]] = {
 FIELDS = {**_ATTRIBUTES, "sinks": (Tensor, NoneType), "device": (torch.device, NoneType)}
 
 
-class SinkLayer(CacheLayerMixin):
-    """One layer of a `SinkCache`: W slots, see `Layout`, and pristine copies of the S sinks.
-
-    `seen` tokens were fed; of those that are no sinks the first ones were evicted. The cache gives each update the plan
-    of the forward pass.
-
-    Args:
-        window_length, num_sink_tokens: W and S.
-        rotation: the rotation of the cached states; None if they carry no position.
-        groups: the groups of the cache.
-
-    Attributes:
-        keys, values: `[batch_size, num_heads, W, head_dim]`; None before the first update.
-        group: the group that holds the pristine sinks; None before the first update.
-        seen: number of tokens that are stored, or were. Compiled steps count in `SinkGroup.count`.
-        num_evicted: number of evicted tokens that a `crop` does not bring back.
-        pending: the last states while the past is recorded: the next call stores them.
-    """
-
-    keys: Tensor
-    values: Tensor
-    group: SinkGroup
-    is_sliding = False
-
-    def __init__(
-        self, window_length: int, num_sink_tokens: int, rotation: Rotation | None, groups: SinkGroups, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        self.window_length = window_length
-        self.num_sink_tokens = num_sink_tokens
-        self.rotation = rotation
-        self._rotates_values = rotation is not None and rotation.in_values
-        self._moves_sinks = rotation is not None and num_sink_tokens > 0
-        self.groups = groups
-        SinkLayer.reset(self)
-
-    def reset(self) -> None:
-        # The buffers are dropped, not zeroed, so that the next stream may have another batch size, dtype or device.
-        self.keys = self.values = self.group = None  # type: ignore[assignment]
-        self._sinks_index = 0
-        self.is_initialized = False
-        self.seen = self.num_evicted = 0
-        self.record_past = False
-        self.pending: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the keys."""
-        return None if self.keys is None else self.keys.dtype
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the states lie."""
-        return None if self.keys is None else self.keys.device
-
-    @property
-    def sinks(self) -> Tensor:
-        """The sinks as they were fed, `[batch_size, num_heads, S, head_dim]`, in float32 or wider."""
-        return self.group.sinks(self._sinks_index)
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """True while the past is recorded: then `crop` leaves no trace past the window either."""
-        return self.record_past
-
-    @property
-    def takes_static_steps(self) -> bool:
-        """True if a single token can be taken in the static form now."""
-        return self.keys is not None and not self.record_past and self.pending is None and not self.groups.has_gap
-
-    @property
-    def known_length(self) -> int:
-        """Number of tokens seen, pending ones included, as far as Python knows."""
-        return self.seen + (0 if self.pending is None else self.pending[0].shape[2])
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens seen, pending ones included. Waits for the device after compiled steps."""
-        if self.groups.policy.is_compiling and self.groups.policy.supported and self.takes_static_steps:
-            # A copy: flex attention reads it inside of the kernel, when the step has counted already.
-            return self.group.count.clone()  # type: ignore[return-value]
-        return int(self.group.count) if self.groups.is_stale and self.group is not None else self.known_length
-
-    def get_max_length(self) -> int:
-        return self.window_length
-
-    get_max_cache_shape = get_max_length
-
-    def evicted_after(self, seen: int) -> int:
-        """Return the number of evicted tokens once `seen` were fed."""
-        return num_evicted_after(seen, self.window_length, self.num_evicted)
-
-    @property
-    def kept_length(self) -> int:
-        """Number of tokens held now."""
-        length = self.get_seq_length()
-        pending = 0 if self.pending is None else self.pending[0].shape[2]
-        return min(length - self.evicted_after(length - pending), self.window_length)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        seen = self.get_seq_length()
-        kv_offset = self.evicted_after(seen + min(query_length, 1))
-        return seen + query_length - kv_offset, kv_offset
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Outside of inference mode, whose tensors could not be written to later.
-        with torch.inference_mode(False):
-            self.keys = _empty_slots(key_states, self.window_length)
-            self.values = _empty_slots(value_states, self.window_length)
-            sinks = self.rotating(self.keys, self.values)[:, :, : self.num_sink_tokens]
-            # Half-precision states are rotated in float32 and rounded once, in their slots.
-            self._join_group(sinks.to(torch.promote_types(sinks.dtype, torch.float32), copy=True))
-        self.is_initialized = True
-
-    def _join_group(self, sinks: Tensor) -> None:
-        """Rotate the sinks together with those of other layers from now on."""
-        self.group = self.groups.join(self.rotation, self.keys, sinks.shape)
-        if self.rotation is not None:
-            self._sinks_index = self.group.add(sinks)
-            self.groups.policy.fix_address(sinks)
-        self.groups.policy.fix_address(self.keys, self.values)
-
-    def rotating(self, key_states: Tensor, value_states: Tensor) -> Tensor:
-        """Return those of the two that carry the position."""
-        return value_states if self._rotates_values else key_states
+class SinkLayer(SlotLayer):
+    """One layer of a `SinkCache`. The cache gives each update the plan of the forward pass."""
 
     def update(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Store the states of new tokens and return all that their queries attend to, see `SinkCache.update`."""
         if not self.is_initialized:
             check_agreement(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
-        check_states(self.keys, self.values, key_states, value_states)
+        if self._dtypes is not None:
+            self.bring_back()
+        check_states(self._keys, self._values, key_states, value_states)
         if isinstance(plan, StaticPlan):
             return self._overwrite_oldest(key_states, value_states, plan)
-        if isinstance(plan, WindowedPlan):
-            return self._append_windowed(key_states, value_states, plan)
         if plan.overwrites and not self.record_past:
             returned = self._overwrite_oldest(key_states, value_states, plan)
             self.seen += 1
             return returned
+        if isinstance(plan, WindowedPlan):
+            return self._append_windowed(key_states, value_states, plan)
         return self._append(key_states, value_states, plan)
 
     def _overwrite_oldest(self, key_states: Tensor, value_states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Write one token over the oldest recent one, or into an empty slot; return the slots as they lie."""
-        keys, values = self.keys, self.values
+        keys, values = self._keys, self._values
         if torch.is_grad_enabled():
             # A backward pass must not read what later tokens are written over. Gradients flow through new states only.
             keys, values = keys.clone(), values.clone()
-            self._write_token(self.keys, self.values, key_states.detach(), value_states.detach(), plan)
+            self._write_token(self._keys, self._values, key_states.detach(), value_states.detach(), plan)
         self._write_token(keys, values, key_states, value_states, plan)
         return keys, values
 
@@ -274,6 +153,7 @@ class SinkLayer(CacheLayerMixin):
     def flush_pending(self, layout: Layout, once: Once = compute) -> None:
         """Store what is pending."""
         if self.pending is not None:
+            self.bring_back()
             key_states, value_states = self.pending
             self.pending = None
             if key_states.shape[2] > 0:
@@ -309,13 +189,13 @@ class SinkLayer(CacheLayerMixin):
         self.num_evicted = self.evicted_after(self.seen)
         self.seen = seen
 
-    def rebase(self, num_evicted: int, layout: Layout) -> None:
-        """Rotate all states back, so that the first `num_evicted` tokens are no part of their positions any more."""
+    def rebase(self, shift: Any, layout: Layout) -> None:
+        """Rotate all states back by a number of positions, or by one for each row."""
         self.flush_pending(layout)
         if self.rotation is not None and self.is_initialized:
-            positions = layout.positions
             rotation = self.group.rotation or self.rotation
-            shift = positions.shift(num_evicted, positions.offset, rotation.inv_freq.device)
+            if isinstance(shift, Tensor):
+                shift = shift.to(rotation.inv_freq.device)
             cos, sin = rotation.cos_sin(shift, self.sinks.dtype).to(self.keys.device)
             # In pieces, for the memory that float32 takes.
             for slots in self.rotating(self.keys, self.values).split(1024, dim=2):
@@ -343,8 +223,8 @@ class SinkLayer(CacheLayerMixin):
             def selected(states: Tensor) -> Tensor:
                 return replaced(states, states.index_select(0, index.to(states.device)))
 
-            self.keys, self.values = selected(self.keys), selected(self.values)
-            self.groups.policy.fix_address(self.keys, self.values)
+            self._keys, self._values = selected(self._keys), selected(self._values)
+            self.groups.policy.mark_static(self._keys, self._values)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise NotImplementedError(_ROWS)
@@ -363,7 +243,7 @@ class SinkLayer(CacheLayerMixin):
         """Return what a file holds of this layer; tensors are copied to the CPU."""
         sinks = self.sinks if self.is_initialized and self.rotation is not None else None
         state = {name: getattr(self, name) for name in _ATTRIBUTES}
-        return copied({**state, "sinks": sinks, "device": self.keys.device if self.is_initialized else None})  # type: ignore[no-any-return]
+        return copied({**state, "sinks": sinks, "device": self.group.device if self.is_initialized else None})  # type: ignore[no-any-return]
 
     def restore(self, state: dict[str, Any], device: Device) -> None:
         """Take on a state; a `device` takes the place of the one it was saved from.
@@ -377,10 +257,4 @@ class SinkLayer(CacheLayerMixin):
         for name in _ATTRIBUTES:
             setattr(self, name, placed(state[name], state["device"], device))
         if self.is_initialized:
-            sinks = state["sinks"] if self.rotation is not None else self.keys[:, :, : self.num_sink_tokens]
-            self._join_group(placed(sinks, state["device"], device))
-
-
-def _empty_slots(states: Tensor, window_length: int) -> Tensor:
-    batch_size, num_heads, _, head_dim = states.shape
-    return states.new_zeros(batch_size, num_heads, window_length, head_dim)
+            self.join_group(None if self.rotation is None else placed(state["sinks"], state["device"], device))

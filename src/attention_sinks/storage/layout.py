@@ -49,6 +49,10 @@ class Layout:
         in_ring = num_sinks + (token - num_sinks) % (self.window_length - num_sinks)
         return token if token < self.window_length else in_ring
 
+    def _slots(self, tokens: Tensor) -> Tensor:
+        """Return the slots of tokens `[1 or batch_size, k]`."""
+        return self._ring_slots(tokens)
+
     def _ring_slots(self, tokens: Tensor) -> Tensor:
         num_sinks = self.num_sink_tokens
         in_ring = num_sinks + (tokens - num_sinks) % (self.window_length - num_sinks)
@@ -127,6 +131,32 @@ class Layout:
         recent = self.recent_in_order(slots, seen, max(seen - num_evicted - num_sinks, 0), once)
         return [first[:, :, :num_sinks], *recent]
 
+    def tokens_between(self, first: int, end: int, device: torch.device) -> Tensor:
+        """Return which token of each row stands in the columns `first` to `end`, `[1 or batch_size, length]`.
+
+        Columns are counted as they were fed. A pad has a negative number.
+        """
+        return torch.arange(first, end, device=device)[None]
+
+    def kept_tokens(self, seen: int, num_evicted: int, device: torch.device) -> Tensor:
+        """Return the kept tokens of each row in order, `[1 or batch_size, seen - num_evicted]`.
+
+        A row with fewer tokens begins with negative numbers.
+        """
+        tokens = torch.arange(seen - num_evicted, device=device)[None]
+        return torch.where(tokens < self.num_sink_tokens, tokens, tokens + num_evicted)
+
+    def tokens_in_slots(self, seen: int, num_evicted: int, device: torch.device) -> Tensor:
+        """Return which of the kept tokens lies in each slot, `[1 or batch_size, W]`, -1 for none."""
+        tokens = self.kept_tokens(seen, num_evicted, device)
+        slots = torch.where(tokens < 0, self.window_length, self._slots(tokens.clamp(min=0)))
+        in_slots = tokens.new_full((len(tokens), self.window_length + 1), -1)
+        return in_slots.scatter_(1, slots, tokens)[:, : self.window_length]
+
+    def columns_of(self, tokens: Tensor) -> Tensor:
+        """Return in which columns, counted as they were fed, tokens `[1 or batch_size, k]` stand; -1 for no token."""
+        return tokens.clamp(min=-1)
+
     def write(self, slots: Tensor, states: Tensor, seen: int, once: Once) -> None:
         """Write the states of new tokens into their slots, over the tokens that they evict."""
         query_length = states.shape[2]
@@ -178,14 +208,14 @@ class PaddedLayout(Layout):
 
     Token `t` of row `b` stands in column `t + left_padding[b]`, and the mask of `generate` covers the last columns. So
     the slots of a row that hold no token must be its first ones: its tokens fill the slots from `left_padding[b]` to W
-    in order, then the slots before from right to left. From then on the ring goes round.
+    in order, then the slots before from right to left. From then on the ring goes round. Until a token takes its slot,
+    a pad lies in the slot of its column: a mask hides it, but attention of other pads may see it.
     """
 
     evicts_together = False
     positions: PaddedTokenPositions
 
     def _slots(self, tokens: Tensor) -> Tensor:
-        """Return the slots of tokens `[batch_size, k]`."""
         slots = self._ring_slots(tokens)
         padding = self.positions.padding_on(tokens.device).clamp(max=self.window_length)[:, None]
         return torch.where(slots < self.window_length - padding, padding + slots, self.window_length - 1 - slots)
@@ -223,19 +253,28 @@ class PaddedLayout(Layout):
     def kept_in_order(
         self, slots: Tensor, seen: int, num_evicted: int, sinks: Tensor | None, once: Once
     ) -> list[Tensor]:
+        if num_evicted == 0:
+            return [slots[:, :, :seen]]  # each column in its own slot
         length, device = seen - num_evicted, slots.device
 
         def function() -> Tensor:
-            """The slots of the sinks and of the last tokens of each row; empty slots come first."""
-            held = seen - self.positions.padding_on(device)[:, None]
-            missing = length - held.clamp(0, length)
-            tokens = torch.arange(length, device=device) - missing
-            tokens = torch.where(tokens < self.num_sink_tokens, tokens, held - length + missing + tokens)
-            return self._slots(tokens.clamp(min=0))
+            return self._slots(self.kept_tokens(seen, num_evicted, device).clamp(min=0))
 
         if sinks is not None:
             slots = write_slots(slots.clone(), self.sink_slots(device), sinks)
         return [read_slots(slots, once(("kept", seen, length, device), function))]
+
+    def tokens_between(self, first: int, end: int, device: torch.device) -> Tensor:
+        return super().tokens_between(first, end, device) - self.positions.padding_on(device)[:, None]
+
+    def kept_tokens(self, seen: int, num_evicted: int, device: torch.device) -> Tensor:
+        length, held = seen - num_evicted, seen - self.positions.padding_on(device)[:, None]
+        missing = length - held.clamp(0, length)
+        tokens = torch.arange(length, device=device) - missing
+        return torch.where(tokens < self.num_sink_tokens, tokens, held - length + missing + tokens)
+
+    def columns_of(self, tokens: Tensor) -> Tensor:
+        return torch.where(tokens < 0, -1, tokens + self.positions.padding_on(tokens.device)[:, None])
 
     def write(self, slots: Tensor, states: Tensor, seen: int, once: Once) -> None:
         self._write(slots, states, seen, once)
@@ -269,6 +308,10 @@ class PaddedLayout(Layout):
         ring_length = self.window_length - self.num_sink_tokens
         laps = (end - 1 - tokens).clamp(min=0) // ring_length
         tokens = torch.where(tokens < self.num_sink_tokens, tokens, tokens + ring_length * laps)
+        if length == self.window_length and seen < self.positions.max_padding:
+            # Where no token lies yet, the pad of that column.
+            pads = torch.arange(length, device=device) - padding
+            tokens = torch.where((tokens >= end) & (pads < 0), pads, tokens)
         source = tokens + padding - seen
         return (source >= 0) & (tokens < end), source.clamp(0, query_length - 1)
 

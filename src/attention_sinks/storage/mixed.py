@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
-from ..compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from ..architecture.spec import CacheSpec
+from ..compat import DynamicIndexedLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from ..fields import Device, NoneType, checked, copied, placed
 from ..rope import Rotation
 from .groups import Plan, SinkGroups
@@ -183,3 +185,30 @@ def restore_linear(layer: Any, state: Any, device: Device) -> None:
     for name in fields:
         setattr(layer, name, placed(state[name], saved_on, device))
     layer.device = saved_on if device is None or saved_on is None else torch.device(device)
+
+
+def build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
+    """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
+    layers: list[Any] = list(spec.layers)
+    window = spec.window_length, spec.num_sink_tokens
+    for i in spec.sink_layers:
+        rotation = spec.positions.rotations[i]
+        if isinstance(layers[i], LinearAttentionLayer):
+            layers[i] = HybridSinkLayer(*window, rotation, groups, number_of_states=layers[i].number_of_states)
+        elif isinstance(layers[i], DynamicIndexedLayer):
+            layers[i] = IndexedSinkLayer(*window, rotation, groups, spec.positions.indexers.get(i))
+        else:
+            layers[i] = SinkLayer(*window, rotation, groups)
+    return layers
+
+
+def drop_states(layer: Any) -> None:
+    """Drop the states of a layer of any kind, also those that its own `reset` would keep."""
+    if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
+        LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+    # Dropped before they would be zeroed: states of inference mode cannot be, outside of it. A layer without
+    # sinks would go on recording.
+    if isinstance(layer, DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
+    layer.reset()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rope import Rotation
+from .coordinates import Coordinates
 from .layout import Layout, num_recent_in_window
 
 _T = TypeVar("_T")
@@ -33,6 +34,7 @@ class UpdatePlan:
         in_order: return the tokens in the order of their positions, always.
         all_slots: return all W slots for a single token, full or not, as a compiled step does.
         rebased: the caller gives the model positions as `TokenPositions.position_ids` counts them.
+        coordinates: those of the tokens after the pass, if positions are not token counts.
 
     Attributes:
         evicted: number of evicted tokens when the first query looks: by as many positions the sinks are rotated, less
@@ -52,19 +54,21 @@ class UpdatePlan:
         in_order: bool = False,
         all_slots: bool = False,
         rebased: bool = False,
+        coordinates: Coordinates | None = None,
     ) -> None:
         self.layout = layout
         self.start = start
         self.query_length = query_length
         self.all_slots = all_slots
         self.rebased = rebased
-        full = start + 1 - layout.window_length
+        self.coordinates = coordinates
+        overflow = start + 1 - layout.window_length
         # The shift of the first query holds for the whole pass.
         self.evicted = num_evicted_after(start + min(query_length, 1), layout.window_length, num_evicted)
-        self.overwrites = query_length == 1 and not in_order and (all_slots or full >= num_evicted)
+        self.overwrites = query_length == 1 and not in_order and (all_slots or overflow >= num_evicted)
         self.kv_length, self.kv_offset = start + query_length - self.evicted, self.evicted
         if all_slots:
-            self.kv_length, self.kv_offset = layout.window_length, max(full, 0)
+            self.kv_length, self.kv_offset = layout.window_length, max(overflow, 0)
         self.stores_sinks = not layout.has_all_sinks(start)
         self.rotates_sinks = self.evicted > 0
         self._memo: dict[Hashable, Any] = {}
@@ -92,6 +96,17 @@ class UpdatePlan:
         memo[key] = computed = function(*arguments)
         return computed
 
+    def token_indices(self, device: torch.device) -> Tensor:
+        """Return in which column of all that was fed the token of each returned key stands, -1 for no token.
+
+        The shape is `[1 or batch_size, kv_length]`.
+        """
+        layout = self.layout
+        if self.overwrites:
+            return layout.columns_of(layout.tokens_in_slots(self.end, self.evicted, device))
+        kept = layout.kept_tokens(self.start, self.evicted, device)
+        return layout.columns_of(torch.cat([kept, layout.tokens_between(self.start, self.end, device)], dim=1))
+
     def slot_mapping(self, device: torch.device) -> Tensor:
         """Return the slot of the single new token, `[1]`, or `[batch_size, 1]` with left padding."""
         return self.once(("slot", device), self.layout.token_slot, self.start, device)
@@ -109,9 +124,13 @@ class UpdatePlan:
         return self.once((rotation, dtype, device), self._cos_sin, rotation, dtype, device)
 
     def _cos_sin(self, rotation: Rotation, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return rotation.cos_sin(self._shift(rotation.inv_freq.device), dtype).to(device)
+        return rotation.cos_sin(self.shift(rotation.inv_freq.device), dtype).to(device)
 
-    def _shift(self, device: torch.device) -> Any:
+    def shift(self, device: torch.device) -> Any:
+        """Return by how many positions the sinks are rotated, a number or a tensor with one for each row."""
+        if self.coordinates is not None:
+            evicted, end = torch.tensor([self.evicted]), torch.tensor([self.end])
+            return self.coordinates.shift(self.layout, evicted, end)[:, :, None, None].to(device)
         positions = self.layout.positions
         return positions.shift(self.evicted, positions.offset, device)
 
@@ -122,25 +141,44 @@ class WindowedPlan(UpdatePlan):
     `update` returns the sinks once per query, each copy rotated for its query, then the recent tokens and the chunk.
 
     Args:
-        layout, start, query_length, num_evicted: see `UpdatePlan`.
+        layout, start, query_length, num_evicted, coordinates: see `UpdatePlan`.
         shares_buffers: let all layers return the same memory in turn: no layer reads what another one returned.
     """
 
     def __init__(
-        self, layout: Layout, start: int, query_length: int, num_evicted: int = 0, shares_buffers: bool = False
+        self,
+        layout: Layout,
+        start: int,
+        query_length: int,
+        num_evicted: int = 0,
+        shares_buffers: bool = False,
+        coordinates: Coordinates | None = None,
     ) -> None:
-        super().__init__(layout, start, query_length, num_evicted, rebased=True)
+        super().__init__(layout, start, query_length, num_evicted, rebased=True, coordinates=coordinates)
+        self.overwrites = False
         self.shares_buffers = shares_buffers
         self.num_recent = num_recent_in_window(layout, start)
         self.kv_length = query_length * layout.num_sink_tokens + self.num_recent + query_length
         self.kv_offset = self.end - self.kv_length
 
-    def _shift(self, device: torch.device) -> Any:
+    def shift(self, device: torch.device) -> Any:
         """Return the shift of the sinks for each query, `[batch_size or 1, 1, query_length, 1, 1]`."""
         first = self.start + 1 - self.layout.window_length
+        if self.coordinates is not None:
+            evicted = torch.arange(first, first + self.query_length)
+            shift = self.coordinates.shift(self.layout, evicted.clamp(min=0), evicted + self.layout.window_length)
+            return shift[:, None, :, None, None].to(device)
         evicted = torch.arange(first, first + self.query_length, device=device).clamp(min=0)
         positions = self.layout.positions
         return positions.shift(evicted.view(1, 1, -1, 1, 1), positions.offset, device)
+
+    def token_indices(self, device: torch.device) -> Tensor:
+        layout, first = self.layout, self.start - self.num_recent
+        others = layout.tokens_between(first, self.end, device)
+        sinks = torch.arange(layout.num_sink_tokens, device=device).repeat(self.query_length).expand(len(others), -1)
+        # A row may have fewer tokens than sinks.
+        sinks = torch.where(sinks <= others[:, -1:], sinks, -1)
+        return layout.columns_of(torch.cat([sinks, others], dim=1))
 
     def visible(self, device: torch.device) -> Callable[..., Any]:
         """Return which keys a query sees, as a mask function of `transformers`."""

@@ -16,6 +16,7 @@ class TokenPositions:
 
     Args:
         offset: number of evicted tokens at the last rebase; positions are that much lower from then on.
+        told: the shape of the mask by which the caller told the padding of the first columns.
 
     Attributes:
         num_rows: number of rows that the padding describes, 0 without padding: then any number of rows is right.
@@ -24,13 +25,26 @@ class TokenPositions:
 
     num_rows = max_padding = min_padding = 0
 
-    def __init__(self, offset: int = 0) -> None:
+    def __init__(self, offset: int = 0, told: tuple[int, ...] = (0, 0)) -> None:
         self.offset = offset
+        self._told = told
 
     @property
     def left_padding(self) -> Tensor | None:
         """Number of pads at the start of each row, `[batch_size]`, or None without padding."""
         return None
+
+    def padding_of(self, batch_size: int) -> Tensor:
+        """Return the number of pads of each row of a batch, `[batch_size]`, on the CPU."""
+        return torch.zeros(batch_size, dtype=torch.long)
+
+    def known_length(self, num_rows: int) -> int:
+        """Return of how many first columns of a batch of `num_rows` it is known whether they are padding."""
+        return self._told[1] if self._told[0] == num_rows else 0
+
+    def told_mask(self) -> Tensor | None:
+        """Return the mask by which the caller told the padding, or None."""
+        return self.mask(0, torch.empty(self._told)) if self._told[1] > 0 else None
 
     def offsets(self) -> int | Tensor:
         """Return how much lower positions are than the model would count them, for all rows or `[batch_size]`."""
@@ -38,7 +52,7 @@ class TokenPositions:
 
     def rebased(self, offset: int) -> "TokenPositions":
         """Return the positions after a rebase at `offset` evicted tokens."""
-        return TokenPositions(offset)
+        return TokenPositions(offset, self._told)
 
     def compacted(self, num_evicted: int) -> "TokenPositions":
         """Return the positions once the first `num_evicted` columns are not counted any more."""
@@ -76,11 +90,11 @@ class PaddedTokenPositions(TokenPositions):
 
     Args:
         left_padding: number of pads at the start of each row, `[batch_size]`.
-        offset: see `TokenPositions`.
+        offset, told: see `TokenPositions`.
     """
 
-    def __init__(self, left_padding: Tensor, offset: int = 0) -> None:
-        super().__init__(offset)
+    def __init__(self, left_padding: Tensor, offset: int = 0, told: tuple[int, ...] = (0, 0)) -> None:
+        super().__init__(offset, told)
         self._left_padding = left_padding
         self.max_padding, self.min_padding = int(left_padding.max()), int(left_padding.min())
         self.num_rows = len(left_padding)
@@ -97,17 +111,24 @@ class PaddedTokenPositions(TokenPositions):
                 self._on_device[device] = self._left_padding.to(device)
         return self._on_device[device]
 
+    def padding_of(self, batch_size: int) -> Tensor:
+        # For beams and several answers to a prompt, which the cache learns of by their first states.
+        return self.padding_on(torch.device("cpu")).repeat_interleave(batch_size // self.num_rows)
+
+    def known_length(self, num_rows: int) -> int:
+        return max(self._told[1], self.max_padding)
+
     def offsets(self) -> Tensor:
         return (self.offset - self._left_padding).clamp(min=0)
 
     def rebased(self, offset: int) -> "PaddedTokenPositions":
-        return PaddedTokenPositions(self._left_padding, offset)
+        return PaddedTokenPositions(self._left_padding, offset, self._told)
 
     def compacted(self, num_evicted: int) -> "PaddedTokenPositions":
         return PaddedTokenPositions((self._left_padding - num_evicted).clamp(min=0))
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> "PaddedTokenPositions":
-        return PaddedTokenPositions(select(self._left_padding), self.offset)
+        return PaddedTokenPositions(select(self._left_padding), self.offset, self._told)
 
     def shift(self, num_evicted: Any, offset: Any, device: torch.device) -> Tensor:
         ndim = max(4, num_evicted.ndim) if isinstance(num_evicted, Tensor) else 4
@@ -128,9 +149,9 @@ class PaddedTokenPositions(TokenPositions):
         return (columns >= self.padding_on(like.device)[:, None]).long()
 
 
-def token_positions(left_padding: Tensor | None, offset: int = 0) -> TokenPositions:
+def token_positions(left_padding: Tensor | None, offset: int = 0, told: tuple[int, ...] = (0, 0)) -> TokenPositions:
     """Return the positions of a batch with or without left padding."""
-    return TokenPositions(offset) if left_padding is None else PaddedTokenPositions(left_padding, offset)
+    return TokenPositions(offset, told) if left_padding is None else PaddedTokenPositions(left_padding, offset, told)
 
 
 def left_padding_of(attention_mask: Tensor | None) -> Tensor | None:
@@ -154,11 +175,3 @@ def left_padding_of(attention_mask: Tensor | None) -> Tensor | None:
         )
     padding = mask.shape[1] - mask.sum(dim=1)
     return padding if bool(padding.any()) else None
-
-
-def starts_with_pads(key_states: Tensor, value_states: Tensor) -> bool:
-    """Return True if in some row of `[batch_size, num_heads, length, head_dim]` the first two tokens are equal."""
-    if min(key_states.shape[2], value_states.shape[2]) < 2:
-        return False
-    equal_keys, equal_values = ((x[:, :, 0] == x[:, :, 1]).flatten(1).all(dim=1) for x in (key_states, value_states))
-    return bool((equal_keys & equal_values).any())

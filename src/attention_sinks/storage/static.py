@@ -30,6 +30,7 @@ class StaticPlan:
 
     all_slots = rotates_sinks = True
     rebased = False
+    coordinates = None
     kv_offset = 0
 
     def __init__(self, layout: Layout, is_sliding: bool) -> None:
@@ -107,7 +108,7 @@ class CompilePolicy:
         """Expect single tokens to be compiled: one was, or a new stream or call begins."""
         self.uncompiled_steps = 0
 
-    def fix_address(self, *tensors: Tensor | None) -> None:
+    def mark_static(self, *tensors: Tensor | None) -> None:
         """Let CUDA graphs write to tensors where they are; another cache is no reason to compile again."""
         for tensor in tensors:
             if tensor is not None and not self.is_compiling and compiles_by_itself(tensor.device):

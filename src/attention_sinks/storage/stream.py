@@ -1,31 +1,37 @@
 """The stream of a cache: its layers, the plan of the current forward pass, and what is checked once per pass."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..architecture.spec import CacheSpec
-from ..compat import DynamicIndexedLayer, LinearAttentionLayer, PassWatch
+from ..compat import LinearAttentionLayer, PassWatch
 from .checks import (
-    ACCURATE_POSITIONS,
     COARSE_POSITION,
+    check_batch,
     check_limit,
+    check_no_pads,
     check_rebased,
     check_states,
     check_window,
+    layer_of_another_model,
+    num_repeats,
+    refuse_empty,
     warn_of_coarse_positions,
 )
+from .coordinates import Coordinates, coordinates_after
+from .damage import DamageFinder
 from .groups import Plan, SinkGroups
 from .guard import PassGuard
 from .layers import SinkLayer
 from .layout import Layout, layout_of
-from .mixed import HybridSinkLayer, IndexedSinkLayer
+from .mixed import IndexedSinkLayer, build_layers, drop_states
 from .plan import UpdatePlan, WindowedPlan
-from .positions import TokenPositions, starts_with_pads
+from .positions import TokenPositions
 from .static import CompilePolicy, StaticPlan
 
 
@@ -40,6 +46,7 @@ class Stream:
         layers: the layers of the cache.
         first, last: the first and the last sink layer.
         layout: the slots and positions of the batch.
+        coordinates: those of the last tokens, if positions are not token counts.
         watch: checks that a call goes the way that this library relies on.
     """
 
@@ -48,14 +55,14 @@ class Stream:
         self.watch = PassWatch()
         self.policy = CompilePolicy(spec.supports_static)
         self.groups = SinkGroups(self.policy)
-        self.layers = _build_layers(spec, self.groups)
+        self.layers = build_layers(spec, self.groups)
         self._first_idx, self._last_idx = spec.sink_layers[0], spec.sink_layers[-1]
         self.first: SinkLayer = self.layers[self._first_idx]
         self.last: SinkLayer = self.layers[self._last_idx]
         self.sink_indices = frozenset(spec.sink_layers)
-        self.first_attention_idx = next(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
-        self._counting_layers = [x for i in spec.text_layers if isinstance(x := self.layers[i], CacheLayerMixin)]
-        self._indexers = [layer.indexer for layer in self._counting_layers if isinstance(layer, IndexedSinkLayer)]
+        self.attention_indices = frozenset(i for i, x in enumerate(self.layers) if isinstance(x, CacheLayerMixin))
+        self.first_attention_idx = min(self.attention_indices)
+        self._damage = DamageFinder(self.layers, spec.text_layers)
         self._guard = PassGuard(spec.text_layers[-1])
         self.restart(positions)
 
@@ -67,12 +74,13 @@ class Stream:
         self.set_positions(positions)
         self._guard.restart()
 
-    def set_positions(self, positions: TokenPositions) -> None:
+    def set_positions(self, positions: TokenPositions, coordinates: Coordinates | None = None) -> None:
         """Let the tokens of the batch stand at other positions, or be those of another batch."""
+        self.coordinates = coordinates
         self.layout: Layout = layout_of(self.spec.window_length, self.spec.num_sink_tokens, positions)
         self._static = StaticPlan(self.layout, is_sliding=self.spec.sliding_window < torch.inf)
         self._static.set(self.last.seen)
-        self.groups.set_offset(positions.offset)
+        self.groups.set_layout(self.layout)
         # The plan of the current pass, from the first question for its mask until its last layer is updated.
         self._plan: Plan | None = None
 
@@ -84,14 +92,22 @@ class Stream:
 
     # --- the plan of a pass
 
-    def plan_for(self, layer: SinkLayer, query_length: int, announcing: bool = False, rebased: bool = False) -> Plan:
+    def plan_for(
+        self,
+        layer: SinkLayer,
+        query_length: int,
+        announcing: bool = False,
+        rebased: bool = False,
+        positions: Tensor | None = None,
+    ) -> Plan:
         """Return the plan of the current pass: the one that was announced, or a new one after the checks of a pass.
 
         Args:
             layer: the layer that asks.
             query_length: number of new tokens.
             announcing: True if the mask is made now, for this plan.
-            rebased: True if the caller gives the model positions as `TokenPositions.position_ids` counts them.
+            rebased: True if the caller gives the model positions as the cache counts them.
+            positions: see `announce`.
 
         Raises:
             ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
@@ -109,37 +125,52 @@ class Stream:
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            plan = self._plan = self._new_plan(layer, seen, query_length, rebased or all_slots, all_slots)
+            rebased, coordinates = (
+                rebased or all_slots,
+                coordinates_after(self.coordinates, self.layout, seen, query_length, positions),
+            )
+            plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, coordinates)
         return plan
 
     def _is_static_step(self, layer: SinkLayer) -> bool:
         """Return True if a layer takes the next single token in the static form."""
-        return layer.takes_static_steps and self.policy.expects_static(layer.keys.device)
+        return self.coordinates is None and layer.takes_static_steps and self.policy.expects_static(layer.group.device)
 
-    def _new_plan(self, layer: SinkLayer, seen: int, query_length: int, rebased: bool, all_slots: bool) -> UpdatePlan:
-        check_rebased(self.layout.positions, rebased)
+    def _new_plan(
+        self,
+        layer: SinkLayer,
+        seen: int,
+        query_length: int,
+        rebased: bool,
+        all_slots: bool,
+        coordinates: Coordinates | None,
+    ) -> UpdatePlan:
+        check_rebased(self.layout.positions, self.coordinates, rebased)
         self.check_limit(seen, query_length)
         in_order = self.spec.positions.needs_temporal_order
-        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased)
+        plan = UpdatePlan(self.layout, seen, query_length, layer.num_evicted, in_order, all_slots, rebased, coordinates)
         check_window(plan, self.spec.sliding_window)
         return plan
 
-    def announce(self, query_length: int, windowed: bool) -> Plan:
-        """Return the plan of the coming pass, whose positions the caller takes from `TokenPositions.position_ids`.
+    def announce(self, query_length: int, windowed: bool, positions: Tensor | None = None) -> Plan:
+        """Return the plan of the coming pass, whose positions the caller takes from the cache.
 
         Args:
             query_length: number of new tokens.
             windowed: let each query of the chunk see its own window, by a mask that is made with the plan.
+            positions: of the new tokens and of the text that would follow, `[num_axes, batch_size, query_length + 1]`,
+                if they are not text.
         """
         self._plan = None
         if not windowed:
-            return self.plan_for(self.first, query_length, announcing=True, rebased=True)
+            return self.plan_for(self.first, query_length, announcing=True, rebased=True, positions=positions)
         self.sync()
         seen, evicted = self.first.known_length, self.first.num_evicted
         self.check_limit(seen, query_length)
         # The mask of the plan takes the place of the model's, whose sliding window therefore hides nothing.
         separate = self.spec.has_separate_layers
-        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, shares_buffers=separate)
+        coordinates = coordinates_after(self.coordinates, self.layout, seen, query_length, positions)
+        self._plan = WindowedPlan(self.layout, seen, query_length, evicted, separate, coordinates)
         return self._plan
 
     def drop_plan(self) -> None:
@@ -163,9 +194,9 @@ class Stream:
         else:
             if layer_idx == self._first_idx:
                 self.watch.begin_pass(query_length)
-            if not layer.is_initialized or plan.start == 0:
-                plan = self._check_first_states(plan, layer_idx, key_states, value_states)
-            change = self._update_edge if is_last or layer.pending is not None else SinkLayer.update
+            if query_length > 1 or plan.start == 0:
+                plan = self._check_padding(plan, layer_idx, key_states, value_states)
+            change = self._update_at_pass_boundary if is_last or layer.pending is not None else SinkLayer.update
             if self.policy.is_compiling:
                 returned = change(layer, key_states, value_states, plan)
             else:
@@ -180,50 +211,55 @@ class Stream:
         self.policy.expect_compiled_steps()
         self.groups.count_step()
 
-    def _check_first_states(
-        self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor
-    ) -> UpdatePlan:
-        """Check the first states of a stream before a layer takes them."""
-        if layer_idx == self._first_idx and self._repeat_padding(key_states.shape[0]):
-            plan = self._plan = self._new_plan(self.first, plan.start, plan.query_length, plan.rebased, plan.all_slots)
-        # `generate` puts all pads at position 0, so that their states are equal. No others are where states rotate.
-        is_known = plan.start > 0 or self.layout.positions.num_rows > 0 or self.policy.is_compiling
-        if layer_idx != self.spec.first_rotating_layer or is_known:
+    def _check_padding(self, plan: UpdatePlan, layer_idx: int, key_states: Tensor, value_states: Tensor) -> UpdatePlan:
+        """Check, before a layer takes new tokens, that what is known of padding holds for them; return their plan."""
+        layer, positions, is_first = self.layers[layer_idx], self.layout.positions, plan.start == 0
+        # Who announced the pass knows the padding. Tokens that may be taken back belong to a single row.
+        is_known = plan.rebased or self.policy.is_compiling or (self.first.record_past and not is_first)
+        may_be_pads = layer_idx == self.spec.positions.first_rotating_layer and not is_known
+        may_repeat = is_first and layer_idx == self._first_idx
+        if not (may_be_pads or may_repeat):
             return plan
-        if starts_with_pads(key_states, value_states):
-            self.reset()  # layers before this one took the prompt already
-            raise ValueError(
-                "`key_states` start with two equal tokens, as only padding does. Tell the cache of it: "
-                "`SinkCache(config, ..., attention_mask=attention_mask)`, or call `sink_generate`, which does."
-            )
+        if may_be_pads and isinstance(layer, SinkLayer) and layer.is_initialized:
+            layer.bring_back()
+            check_states(layer.keys, layer.values, key_states, value_states)
+        try:
+            if may_repeat and self._repeat_padding(key_states):
+                arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
+                plan = self._plan = self._new_plan(self.first, 0, *arguments)
+            if may_be_pads:
+                check_no_pads(self.layout.positions, plan.start, key_states, value_states)
+        except ValueError as error:
+            # Layers before this one, or a convolution beside it, took the tokens already.
+            if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
+                if not is_first:
+                    raise ValueError(f"{error} Start a new stream with `reset()`.") from error
+                self.reset(positions)
+            raise
         return plan
 
-    def _repeat_padding(self, batch_size: int) -> bool:
+    def _repeat_padding(self, key_states: Tensor) -> bool:
         """Repeat the rows of the padding for beams and several answers to a prompt; return True if that was needed."""
         positions = self.layout.positions
-        num_rows = positions.num_rows or batch_size
-        if num_rows == batch_size or self.first.is_initialized:
+        if positions.num_rows in (0, len(key_states)) or self.first.is_initialized:
             return False
-        repeats, rest = divmod(batch_size, num_rows)
-        if rest != 0:
-            raise ValueError(
-                f"`attention_mask` must have a row for each of the {batch_size} sequences, or for each group of equal "
-                f"length, got {num_rows}."
-            )
+        repeats = num_repeats(positions.num_rows, key_states, is_compiling=self.policy.is_compiling)
         self.set_positions(positions.select_rows(lambda rows: rows.repeat_interleave(repeats)))
         return True
 
-    def _update_edge(
+    def _update_at_pass_boundary(
         self, layer: SinkLayer, key_states: Tensor, value_states: Tensor, plan: UpdatePlan
     ) -> tuple[Tensor, Tensor]:
         """Update the first layer of a pass after one that was recorded, or the last one of any pass."""
         if layer.pending is not None:
+            layer.bring_back()
             check_states(layer.keys, layer.values, key_states, value_states)
         self._flush_pending(layer, plan)
         returned = layer.update(key_states, value_states, plan)
         if layer is self.last:
+            self.coordinates = plan.coordinates
             self.policy.note_pass(plan.query_length)
-            self.tell_compiled_steps()
+            self.update_compiled_count()
         return returned
 
     def _flush_pending(self, layer: SinkLayer, plan: UpdatePlan) -> None:
@@ -239,7 +275,7 @@ class Stream:
             self._flush_pending(layer.indexer, plan)
         return layer.update_indexer(indexer_key_states, plan)
 
-    def tell_compiled_steps(self) -> None:
+    def update_compiled_count(self) -> None:
         """Bring what compiled steps read up to date."""
         seen, evicted = self.last.seen, self.last.num_evicted
         self._static.set(seen)
@@ -251,28 +287,29 @@ class Stream:
             seen = int(self.first.group.count)
             for layer in self.sink_layers():
                 layer.seen = seen
-            self.tell_compiled_steps()
+            self.update_compiled_count()
 
     @property
     def has_unread_steps(self) -> bool:
         """True outside of a compiled model if compiled steps have counted tokens that Python does not know of."""
         return not self.policy.is_compiling and self.groups.is_stale
 
-    def check_like_sink_layers(self, layer: Any, key_states: Tensor) -> None:
+    def check_like_sink_layers(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
         """Check states for a layer of another kind, which would take what the sink layers refuse."""
-        first = self.first
+        first, layer, query_length = self.first, self.layers[layer_idx], key_states.shape[2]
         if first.is_initialized:
-            stored, dtype = first.keys.shape[0], first.keys.dtype
-            if key_states.shape[0] != stored or key_states.dtype != dtype:
-                raise ValueError(
-                    f"`key_states` must keep batch size and dtype, {stored} and {dtype}, got the shape "
-                    f"{[*key_states.shape]} in {key_states.dtype}. Call `reset()`, or use a new cache, to change them."
-                )
+            check_batch(first.keys.shape[0], first.group.dtype, key_states)
         if not self.policy.is_compiling:
-            self.check_limit(layer.get_seq_length(), key_states.shape[2])
+            self.check_limit(layer.get_seq_length(), query_length)
+            if layer_idx == self.spec.positions.first_rotating_layer and query_length > 1:
+                plan = self._plan if layer_idx > self._first_idx else self.plan_for(first, query_length)
+                if isinstance(plan, UpdatePlan):
+                    self._check_padding(plan, layer_idx, key_states, value_states)
 
     def mask_sizes(self, query_length: int, layer: SinkLayer) -> tuple[Any, Any]:
         """Return the number of keys and the position of the first one, see `SinkCache.get_mask_sizes`."""
+        if query_length == 0:
+            refuse_empty(layer.get_seq_length())
         plan = self.plan_for(layer, query_length, announcing=True)
         if isinstance(plan, StaticPlan) and plan.needs_count:
             return plan.kv_length, plan.offset_after(layer.get_seq_length())
@@ -281,14 +318,15 @@ class Stream:
     @property
     def expects_static_step(self) -> bool:
         """True if the next single token gets all slots."""
-        if self.first.is_initialized:
-            return self._is_static_step(self.first)
-        return self.policy.expects_static(None)
+        is_known = self.first.is_initialized
+        return self._is_static_step(self.first) if is_known else self.policy.expects_static(None)
 
     # --- a pass is whole, or the next call says so
 
     def run(self, name: str, layer_idx: int, state_idx: int, change: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """Change the states of a layer as a part of a pass."""
+        if layer_idx >= len(self.layers):
+            raise layer_of_another_model(self.layers, layer_idx)
         if self.policy.is_compiling:
             return change(*args, **kw)
         return self._guard.run((name, layer_idx, state_idx), self._damage, change, *args, **kw)
@@ -299,34 +337,15 @@ class Stream:
         self.sync()
         with self._guard.changing(self._damage, *refusals):
             self._plan = None
+            for layer in self.sink_layers():
+                layer.bring_back()
             yield
-            self.tell_compiled_steps()
+            self.update_compiled_count()
 
     def check(self) -> None:
-        """Check that no pass and no change was interrupted.
-
-        Raises:
-            RuntimeError: if one was, or runs now.
-        """
+        """Check that no pass and no change was interrupted or runs now; a RuntimeError says so."""
         self.sync()
         self._guard.check(self._damage)
-
-    def _damage(self, parts: Iterable[tuple[str, int, int]]) -> str | None:
-        """Return which layers do not belong together any more, or None."""
-        last = self.spec.text_layers[-1]
-        if isinstance(self.layers[last], LinearAttentionLayer):
-            with_recurrent_state = {layer_idx for name, layer_idx, _ in parts if name == "update_recurrent_state"}
-            if with_recurrent_state and last not in with_recurrent_state:
-                return f"in layer {last}"
-        lengths = {
-            layer.known_length if isinstance(layer, SinkLayer) else layer.get_seq_length()
-            for layer in self._counting_layers
-        }
-        # Some layers share the indexer of another; their own one is never initialized.
-        lengths |= {indexer.get_seq_length() for indexer in self._indexers if indexer.is_initialized}
-        if len(lengths) > 1:
-            return f"between two layers: they have seen {' and '.join(map(str, sorted(lengths)))} tokens"
-        return None
 
     # --- the end of the positions
 
@@ -336,6 +355,8 @@ class Stream:
             # +1: a compiled step may have been announced but not yet run.
             steps = self._static.steps_announced + 1
             seen = self.first.seen + steps if self.groups.is_stale else self.first.get_seq_length()
+        if self.coordinates is not None:
+            return self.spec.positions.limit - int(self.coordinates.text(1).max())
         positions = self.layout.positions
         # The row with the fewest pads is the furthest.
         least = positions.min_padding
@@ -349,46 +370,18 @@ class Stream:
             self._warned_of_coarse_positions = True
             warn_of_coarse_positions(limit - left, self.spec.can_rebase)
 
-    def needs_rebase(self, query_length: int) -> bool:
-        """Return True if new tokens would reach the end of the positions, or where they are less accurate."""
-        left = self.positions_left()
-        accurate = max(ACCURATE_POSITIONS, 2 * self.spec.window_length)
-        return self.spec.can_rebase and (query_length > left or self.spec.positions.limit - left >= accurate)
-
     def _check_static_step(self, rebased: bool, compiling: bool) -> None:
         """Check a step that will be compiled, as far as that is possible without waiting for the device."""
-        check_rebased(self.layout.positions, rebased)
+        check_rebased(self.layout.positions, self.coordinates, rebased)
         if not compiling:
             self._static.announce()
             if self.positions_left() < 1:
                 self.sync()
                 self.check_limit(self.first.get_seq_length(), 1)
 
-    def reset(self) -> None:
-        """Drop the states of all layers and begin a new stream, whose rows are not padded."""
+    def reset(self, positions: TokenPositions | None = None) -> None:
+        """Drop the states of all layers and begin a new stream, whose rows are not padded if no `positions` say so."""
         self._guard.begin_reset()
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionLayer):  # it would keep tensors of the old batch
-                LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
-            # Dropped before they would be zeroed: states of inference mode cannot be, outside of it. A layer without
-            # sinks would go on recording.
-            if isinstance(layer, DynamicLayer):
-                layer.keys = layer.values = None
-                layer.is_initialized = layer.record_past = False  # type: ignore[attr-defined]
-            layer.reset()
-        self.restart(TokenPositions())
-
-
-def _build_layers(spec: CacheSpec, groups: SinkGroups) -> list[Any]:
-    """Return the layers of a cache: those of a `DynamicCache`, with sink layers in the place of some."""
-    layers: list[Any] = list(spec.layers)
-    window = spec.window_length, spec.num_sink_tokens
-    for i in spec.sink_layers:
-        rotation = spec.positions.rotations[i]
-        if isinstance(layers[i], LinearAttentionLayer):
-            layers[i] = HybridSinkLayer(*window, rotation, groups, number_of_states=layers[i].number_of_states)
-        elif isinstance(layers[i], DynamicIndexedLayer):
-            layers[i] = IndexedSinkLayer(*window, rotation, groups, spec.positions.indexers.get(i))
-        else:
-            layers[i] = SinkLayer(*window, rotation, groups)
-    return layers
+            drop_states(layer)
+        self.restart(positions or TokenPositions())

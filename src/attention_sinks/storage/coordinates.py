@@ -1,0 +1,129 @@
+"""Positions that are not token counts: the grids of images and videos (M-RoPE).
+
+Text stands at `(p, p, p)`, an image on a grid of positions, and the text after it goes on where the model says
+(Qwen2-VL, arXiv 2409.12191): positions advance by less than tokens. Moving a token by the same number on all axes is
+the ordinary rotation by that number, whatever its coordinates. So the sinks are rotated by one shift per row, counted
+in coordinates instead of tokens, and recent keys are never rewritten.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+# Beyond every coordinate.
+_NEVER = torch.iinfo(torch.long).max // 4
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The coordinates of the last tokens of a stream, on the CPU. Immutable.
+
+    Attributes:
+        low: the smallest coordinate of the last columns, `[batch_size, num_columns]`; that of a pad is beyond all.
+        following: where text goes on after each of them, `[batch_size, num_columns]`; at 0 after a pad.
+        end_of_sinks: the largest coordinate of each sink plus one, `[batch_size, S]`.
+        end: number of columns seen: the last column here is `end - 1`.
+    """
+
+    low: Tensor
+    following: Tensor
+    end_of_sinks: Tensor
+    end: int
+
+    @staticmethod
+    def of_text(layout: Layout, seen: int, batch_size: int) -> "Coordinates":
+        """Return the coordinates of a stream of `seen` tokens that are all text."""
+        positions, start = layout.positions, max(seen - layout.window_length, 0)
+        nothing = torch.empty(batch_size, 0, dtype=torch.long)
+        end_of_sinks = torch.arange(1, layout.num_sink_tokens + 1).expand(batch_size, -1)
+        before = Coordinates(nothing, nothing, end_of_sinks, start)
+        if seen == 0:
+            return before
+        text = positions.true_positions(start, torch.empty(batch_size, seen + 1 - start))
+        return before.followed_by(layout, positions.position_ids(text)[None])
+
+    def text(self, query_length: int) -> Tensor:
+        """Return the positions of text that follows, `[batch_size, query_length]`."""
+        start = self.following[:, -1:] if self.following.shape[1] > 0 else self.following.new_zeros(len(self.low), 1)
+        return start + torch.arange(query_length)
+
+    def before(self, end: int) -> "Coordinates":
+        """Return the coordinates of the first `end` columns; later ones were taken back."""
+        length = self.low.shape[1] - (self.end - end)
+        return replace(self, low=self.low[:, :length], following=self.following[:, :length], end=end)
+
+    def followed_by(self, layout: Layout, positions: Tensor) -> "Coordinates":
+        """Return the coordinates once new tokens were fed.
+
+        Args:
+            layout: the slots of the batch.
+            positions: of the new tokens and of the text that would follow, `[num_axes, batch_size, query_length + 1]`.
+        """
+        lowest, largest = positions.amin(dim=0).cpu(), positions.amax(dim=0).cpu()
+        batch_size, query_length = lowest.shape[0], lowest.shape[1] - 1
+        padding = layout.positions.padding_of(batch_size)[:, None]
+        is_pad = torch.arange(self.end, self.end + query_length) < padding
+        low, after = lowest[:, :-1].masked_fill(is_pad, _NEVER), (largest[:, :-1] + 1).masked_fill(is_pad, 0)
+        # Each sink asks which of the new tokens it is.
+        source = padding + torch.arange(layout.num_sink_tokens) - self.end
+        is_new = (source >= 0) & (source < query_length)
+        end_of_sinks = torch.where(is_new, after.gather(1, source.clamp(0, query_length - 1)), self.end_of_sinks)
+        after[:, -1] = largest[:, -1]
+        known = slice(max(self.low.shape[1] - layout.window_length, 0), None)
+        return Coordinates(
+            torch.cat([self.low[:, known], low], dim=1),
+            torch.cat([self.following[:, known], after], dim=1),
+            end_of_sinks,
+            self.end + query_length,
+        )
+
+    def shift(self, layout: Layout, num_evicted: Tensor, ends: Tensor) -> Tensor:
+        """Return by how much the sinks are rotated: what closes the gap to the recent tokens, `[batch_size, n]`.
+
+        Args:
+            layout: the slots of the batch.
+            num_evicted: number of evicted tokens, `[n]`.
+            ends: number of columns that are seen then, `[n]`.
+        """
+        padding = layout.positions.padding_of(len(self.low))[:, None]
+        columns = torch.arange(self.end - self.low.shape[1], self.end)
+        first = torch.maximum(num_evicted, padding) + layout.num_sink_tokens
+        is_recent = (columns >= first[..., None]) & (columns < ends[:, None])
+        lowest = self.low[:, None].masked_fill(~is_recent, _NEVER).amin(dim=2)
+        end_of_sinks = self.end_of_sinks.amax(dim=1)[:, None] if layout.num_sink_tokens > 0 else 0
+        has_gap = (num_evicted > padding) & (lowest < _NEVER)
+        return (lowest - end_of_sinks).where(has_gap, 0)
+
+    def lowered(self, shift: Tensor) -> "Coordinates":
+        """Return the coordinates once recent tokens were moved back by `shift` `[batch_size]`; the sinks stay."""
+        low = (self.low - shift[:, None]).where(self.low < _NEVER, _NEVER)
+        return replace(self, low=low, following=(self.following - shift[:, None]).clamp(min=0))
+
+    def select_rows(self, index: Tensor) -> "Coordinates":
+        """Return the coordinates of the rows at `index`."""
+        index = index.cpu()
+        low, following, end_of_sinks = self.low[index], self.following[index], self.end_of_sinks[index]
+        return Coordinates(low, following, end_of_sinks, self.end)
+
+
+def coordinates_after(
+    known: Coordinates | None, layout: Layout, seen: int, query_length: int, positions: Tensor | None
+) -> Coordinates | None:
+    """Return the coordinates after a forward pass, or None if all tokens of the stream are counted as text.
+
+    Args:
+        known: those before it, or None if all were text so far.
+        layout, seen, query_length: of the pass.
+        positions: of the new tokens, see `Coordinates.followed_by`, or None for text.
+    """
+    if known is None:
+        if positions is None:
+            return None
+        known = Coordinates.of_text(layout, seen, positions.shape[1])
+    known = known.before(seen)
+    if positions is None:
+        positions = known.text(query_length + 1)[None]
+    return known.followed_by(layout, positions)
