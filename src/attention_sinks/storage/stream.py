@@ -110,7 +110,7 @@ class Stream:
             positions: see `announce`.
 
         Raises:
-            ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
+            ValueError, RuntimeError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
         """
         plan, compiling = self._plan, self.policy.is_compiling
         # Where layers are compiled one by one, the mask was made outside, for the plan that was announced there.
@@ -122,13 +122,13 @@ class Stream:
             return self._static
         self.sync()
         seen = layer.known_length
+        if announcing and plan and not compiling:
+            plan.check_stored(self.first.known_length, query_length)
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
-            rebased, coordinates = (
-                rebased or all_slots,
-                coordinates_after(self.coordinates, self.layout, seen, query_length, positions),
-            )
+            rebased = rebased or all_slots
+            coordinates = coordinates_after(self.coordinates, self.layout, seen, query_length, positions)
             plan = self._plan = self._new_plan(layer, seen, query_length, rebased, all_slots, coordinates)
         return plan
 
