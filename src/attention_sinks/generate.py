@@ -16,7 +16,7 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
 from .grids import following, grid_positions, rope_index_of
 from .guidance import guided
-from .inputs import check_is_text, check_prompt, check_vocabulary, not_text
+from .inputs import check_is_text, check_left_out, check_prompt, check_vocabulary, not_text
 from .models import Replacement, unwrapped, view_of
 from .prefill import (
     asks_for_masks,
@@ -184,6 +184,12 @@ def _check_call(
         check_int("prefill_chunk_size", prefill_chunk_size, at_least=1)
         if generate_kwargs.get("inputs_embeds") is not None:
             raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
+    _check_decoding(settings, generate_kwargs)
+
+
+def _check_decoding(settings: GenerationSettings, generate_kwargs: dict[str, Any]) -> None:
+    """Check that a way of decoding uses the cache, and nothing is asked for that it does not give."""
+    check_left_out(generate_kwargs, ("adapter_names", "labels"))
     unsupported = next((name for name in UNSUPPORTED if settings[name]), None)
     if unsupported is not None:
         raise NotImplementedError(
@@ -361,7 +367,8 @@ def check_arguments(model: Any, input_ids: Tensor | None, cache: SinkCache, gene
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         raise _PreparedError
 
-    arguments = {**generate_kwargs, "streamer": None}
-    _overrule(GenerationSettings(model, generate_kwargs), arguments)
+    settings, arguments = GenerationSettings(model, generate_kwargs), {**generate_kwargs, "streamer": None}
+    _check_decoding(settings, generate_kwargs)
+    _overrule(settings, arguments)
     with contextlib.suppress(_PreparedError), cache.watch.watching():
         _generate(view_of(model, prepared), input_ids, cache, arguments)

@@ -1,7 +1,7 @@
 """What `sink_generate` and `sink_prefill` are given, checked before anything is read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,9 +90,6 @@ def check_prompt(model: PreTrainedModel, inputs: Any, arguments: dict[str, Any],
     for name, ids in prompts.items():
         if ids is not None:
             check_token_ids(name, ids, model)
-    for name in ("adapter_names", "labels"):
-        if arguments.get(name) is not None:
-            raise TypeError(f"`{name}` must be left out, got {arguments[name]!r:.80}: {_LEFT_OUT[name]}.")
     mask = arguments.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = [*mask.shape] if isinstance(mask, Tensor) else type(mask).__name__
@@ -113,17 +110,26 @@ def check_prompt(model: PreTrainedModel, inputs: Any, arguments: dict[str, Any],
         )
 
 
+def check_left_out(arguments: dict[str, Any], names: Iterable[str]) -> None:
+    """Check that arguments that a call sets itself, or that have no meaning in it, are left out.
+
+    Raises:
+        TypeError: naming the argument and what to do instead.
+    """
+    for name in names:
+        value = arguments.get(name)
+        if value is not None and not (name == "use_cache" and value is True):
+            raise TypeError(f"`{name}` must be left out, got {value!r:.80}: {_LEFT_OUT[name]}.")
+
+
 def check_model_arguments(arguments: dict[str, Any], input_ids: Tensor) -> None:
     """Check the arguments that `sink_prefill` passes to the model for each chunk of `input_ids`.
 
     Raises:
         TypeError, NotImplementedError: naming the argument and what to do instead.
     """
+    check_left_out(arguments, _LEFT_OUT)
     for name, value in arguments.items():
-        if value is None or (name == "use_cache" and value is True):
-            continue
-        if name in _LEFT_OUT:
-            raise TypeError(f"`{name}` must be left out, got {value!r:.80}: {_LEFT_OUT[name]}.")
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == input_ids.shape:
             raise TypeError(
                 f"`{name}` must be left out, got one value for each token, {[*value.shape]}: the model reads "

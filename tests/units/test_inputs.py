@@ -61,7 +61,7 @@ def test_ids_of_32_bits_are_ids() -> None:
     [
         ({"input_ids": IDS[:, :0]}, ValueError, r"`input_ids` must have tokens, got the shape \[1, 0\]"),
         ({}, ValueError, "`input_ids` must be given to continue a `cache`, got None"),
-        ({"inputs_embeds": torch.zeros(1, 40, 64)}, ValueError, "`inputs_embeds` must be left out when `cache` has"),
+        ({"inputs_embeds": torch.zeros(1, 20, 64)}, ValueError, "`inputs_embeds` must be those of the whole text"),
         ({"input_ids": IDS, "attention_mask": [[1] * 10]}, ValueError, "`attention_mask` must be a tensor .* got list"),
         ({"input_ids": IDS, "labels": IDS}, TypeError, "`labels` must be left out"),
         ({"input_ids": IDS, "adapter_names": ["a"]}, TypeError, r"`adapter_names` .* model.set_adapter\(name\)"),
