@@ -17,6 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .cache import SinkCache
 from .compat import with_cache
+from .inputs import check_token_ids
+from .models import view_of
 from .prefill import last_logits_only, sink_prefill
 
 DENSE_CHUNK_SIZE = 256
@@ -53,7 +55,14 @@ def curves(
         num_sink_tokens: numbers of sink tokens to compare; 0 is window attention.
         baselines: names from `"dense"`, `"window"` and `"recompute"`.
         recompute_every: distance between the tokens that the recompute baseline scores.
+
+    Raises:
+        TypeError, ValueError: naming the argument and its value.
     """
+    model = view_of(model)
+    check_token_ids("input_ids", input_ids, model)
+    if len(input_ids) != 1:
+        raise ValueError(f"`input_ids` must be one text, [1, length], got {[*input_ids.shape]}. Score rows one by one.")
     numbers: list[int | None] = [*sorted({*num_sink_tokens} | ({0} if "window" in baselines else set()))]
     if "dense" in baselines:
         numbers.insert(0, None)

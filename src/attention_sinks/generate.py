@@ -1,6 +1,7 @@
 """`sink_generate`: `model.generate` with a `SinkCache`."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
 from .grids import following, grid_positions, rope_index_of
 from .guidance import guided
-from .inputs import check_is_text, check_prompt, check_vocabulary, not_text
+from .inputs import check_is_text, check_left_out, check_prompt, check_vocabulary, not_text
 from .models import Replacement, unwrapped, view_of
 from .prefill import (
     asks_for_masks,
@@ -183,6 +184,12 @@ def _check_call(
         check_int("prefill_chunk_size", prefill_chunk_size, at_least=1)
         if generate_kwargs.get("inputs_embeds") is not None:
             raise ValueError(f"`prefill_chunk_size` needs `input_ids`, got {prefill_chunk_size} with `inputs_embeds`.")
+    _check_decoding(settings, generate_kwargs)
+
+
+def _check_decoding(settings: GenerationSettings, generate_kwargs: dict[str, Any]) -> None:
+    """Check that a way of decoding uses the cache, and nothing is asked for that it does not give."""
+    check_left_out(generate_kwargs, ("adapter_names", "labels"))
     unsupported = next((name for name in UNSUPPORTED if settings[name]), None)
     if unsupported is not None:
         raise NotImplementedError(
@@ -269,7 +276,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
         text: the prompt, if it has token ids.
         grids: the positions of what is new of the prompt, if they are not those of text, see `grid_positions`.
     """
-    name, can_lower, asks_mask = cache_name(), takes_positions(model), asks_for_masks(model)
+    name, asks_mask, can_lower = cache_name(), asks_for_masks(model), functools.cache(takes_positions)
     has_grids, start = rope_index_of(model) is not None, cache.get_seq_length()
 
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -278,6 +285,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
             if unknown:
                 raise DriftError(f"`generate` calls the cache `{unknown[0]}`")
             return prepare(*args, **kwargs)  # type: ignore[no-any-return]
+        generating = getattr(prepare, "__self__", model)  # `model`, or one inside it
         given = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         seen, num_unread = cache.get_seq_length(), 0
         if text is not None and given[0] is not None:
@@ -296,7 +304,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
         inputs = prepare(*args, **kwargs)
         if cache.has_position_limit and all(inputs.get(each) is None for each in CACHE_NAMES):
             # Phi-3 and its kin drop the cache where their frequencies change, which positions here never reach.
-            inputs = GenerationMixin.prepare_inputs_for_generation(model, *args, **kwargs)
+            inputs = GenerationMixin.prepare_inputs_for_generation(generating, *args, **kwargs)
         new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         if num_unread > 0 and new.shape[1] != num_unread:
             raise DriftError(
@@ -313,7 +321,7 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
             text_positions = cache.text_positions(new).expand(3, -1, -1)
             inputs["position_ids"] = text_positions if positions is None else positions[:, :, :-1]
         else:
-            _lower_positions(cache, inputs, seen, new, can_lower, is_checked)
+            _lower_positions(cache, inputs, seen, new, can_lower(generating), is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs  # type: ignore[no-any-return]
@@ -359,7 +367,8 @@ def check_arguments(model: Any, input_ids: Tensor | None, cache: SinkCache, gene
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
         raise _PreparedError
 
-    arguments = {**generate_kwargs, "streamer": None}
-    _overrule(GenerationSettings(model, generate_kwargs), arguments)
+    settings, arguments = GenerationSettings(model, generate_kwargs), {**generate_kwargs, "streamer": None}
+    _check_decoding(settings, generate_kwargs)
+    _overrule(settings, arguments)
     with contextlib.suppress(_PreparedError), cache.watch.watching():
         _generate(view_of(model, prepared), input_ids, cache, arguments)

@@ -1,7 +1,7 @@
 """What `sink_generate` and `sink_prefill` are given, checked before anything is read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ _LEFT_OUT = {
     "attention_mask": "tell the cache of padding: `SinkCache(config, attention_mask=mask)`",
     "input_ids": "they are the second argument",
     "inputs_embeds": "a text is read by its `input_ids`",
-    "labels": "compute the loss of the whole text from the `logits` of its chunks",
+    "labels": "compute the loss from the `logits` of the whole text",
     "position_ids": "the cache counts them",
     "use_cache": "the window is a property of the cache",
 }
@@ -38,8 +38,8 @@ def check_token_ids(name: str, ids: Any, model: PreTrainedModel, may_be_empty: b
         )
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            f"`{name}` must hold token ids in torch.int64, got {ids.dtype} of the shape {[*ids.shape]}. Embeddings are "
-            "`inputs_embeds`."
+            f"`{name}` must hold token ids in torch.int64, got {ids.dtype} of the shape {[*ids.shape]}. Convert them "
+            "with `.long()`; embeddings are `inputs_embeds`."
         )
     if ids.ndim != 2 or len(ids) == 0:
         way_on = " Add a dimension: `ids[None]`." if ids.ndim == 1 else ""
@@ -49,7 +49,7 @@ def check_token_ids(name: str, ids: Any, model: PreTrainedModel, may_be_empty: b
             return
         raise ValueError(
             f"`{name}` must have tokens, got the shape {[*ids.shape]}: there is nothing to read. Begin a text with "
-            "`tokenizer.bos_token_id`."
+            "`tokenizer.bos_token_id`; continue one with its last token, which the cache has not read yet."
         )
     if ids.device != model.device and ids.device.type != "cpu" and model.device.type != "meta":
         raise ValueError(f"`{name}` must be on the device of the model, {model.device}, got {ids.device}.")
@@ -90,9 +90,6 @@ def check_prompt(model: PreTrainedModel, inputs: Any, arguments: dict[str, Any],
     for name, ids in prompts.items():
         if ids is not None:
             check_token_ids(name, ids, model)
-    for name in ("adapter_names", "labels"):
-        if arguments.get(name) is not None:
-            raise TypeError(f"`{name}` must be left out, got {arguments[name]!r:.80}: {_LEFT_OUT[name]}.")
     mask = arguments.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         shape = [*mask.shape] if isinstance(mask, Tensor) else type(mask).__name__
@@ -108,9 +105,21 @@ def check_prompt(model: PreTrainedModel, inputs: Any, arguments: dict[str, Any],
             )
     elif is_started and all(ids is None for ids in prompts.values()):
         raise ValueError(
-            "`input_ids` must be given to continue a `cache`, got None: there is nothing new to read. Pass the text so "
-            "far, whose last token the cache has not read yet."
+            "`input_ids` must be given to continue a `cache`, got None: there is nothing to read. Continue a text with "
+            "its last token, which the cache has not read yet."
         )
+
+
+def check_left_out(arguments: dict[str, Any], names: Iterable[str]) -> None:
+    """Check that arguments that a call sets itself, or that have no meaning in it, are left out.
+
+    Raises:
+        TypeError: naming the argument and what to do instead.
+    """
+    for name in names:
+        value = arguments.get(name)
+        if value is not None and not (name == "use_cache" and value is True):
+            raise TypeError(f"`{name}` must be left out, got {value!r:.80}: {_LEFT_OUT[name]}.")
 
 
 def check_model_arguments(arguments: dict[str, Any], input_ids: Tensor) -> None:
@@ -119,11 +128,8 @@ def check_model_arguments(arguments: dict[str, Any], input_ids: Tensor) -> None:
     Raises:
         TypeError, NotImplementedError: naming the argument and what to do instead.
     """
+    check_left_out(arguments, _LEFT_OUT)
     for name, value in arguments.items():
-        if value is None or (name == "use_cache" and value is True):
-            continue
-        if name in _LEFT_OUT:
-            raise TypeError(f"`{name}` must be left out, got {value!r:.80}: {_LEFT_OUT[name]}.")
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == input_ids.shape:
             raise TypeError(
                 f"`{name}` must be left out, got one value for each token, {[*value.shape]}: the model reads "

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 # A function that is called in the place of a method, with the method as its first argument.
 Replacement = Callable[..., Any]
@@ -39,7 +39,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
         TypeError: if there is none, or an unknown wrapper around it.
         NotImplementedError: if an adapter of PEFT does more than change weights.
     """
-    while not isinstance(model, PreTrainedModel):
+    while isinstance(model, _View) or not isinstance(model, PreTrainedModel):
         model, _ = _unwrapped_once(model)
     return model
 
@@ -74,6 +74,7 @@ def view_of(model: Any, prepare: Replacement | None = None, forward: Replacement
         ("_view_model", model),
         ("_view_call", model if forward is None else functools.partial(forward, model)),
         ("_view_prepare", prepare_inputs),
+        ("_view_replacement", prepare),
     ):
         object.__setattr__(view, name, value)
     return view
@@ -86,6 +87,7 @@ class _View:
     _view_model: Any
     _view_call: Any
     _view_prepare: Any
+    _view_replacement: Replacement | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._view_call(*args, **kwargs)
@@ -99,6 +101,12 @@ class _View:
     def generate(self) -> Any:
         return super().generate  # type: ignore[misc]
 
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if self._view_replacement is not None and isinstance(value, GenerationMixin):
+            return view_of(value, self._view_replacement)  # the `generate` of some models calls that of one inside
+        return value
+
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Return what `generate` calls where it compiles by itself; what is compiled must not know the view."""
         compiled = getattr(self._view_model, "get_compiled_call", None)
@@ -107,13 +115,15 @@ class _View:
 
 @functools.cache
 def _view_class(model_class: Any) -> Any:
-    slots = ("_view_model", "_view_call", "_view_prepare")
+    slots = ("_view_model", "_view_call", "_view_prepare", "_view_replacement")
     attributes = {"__slots__": slots, "__module__": model_class.__module__, "__doc__": model_class.__doc__}
     return type(model_class.__name__, (_View, model_class), attributes)
 
 
 def _unwrapped_once(model: Any) -> tuple[Any, bool]:
     """Return what `model` wraps, and whether forward passes must go through the wrapper."""
+    if isinstance(model, _View):  # a decoding loop got it
+        return model._view_model, False
     _check_adapters(model)
     for module, name, attribute, is_called in _WRAPPERS:
         wrapper = getattr(sys.modules.get(module), name, None)

@@ -414,8 +414,8 @@ def _check_generate(model: Any, cache: SinkCache, input_ids: Tensor, generate_kw
         remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
         raise TypeError(f"`{name}` must be left out, got {generate_kwargs[name]!r:.80}: the session sets it.{remedy}")
     settings = GenerationSettings(model, generate_kwargs)
-    for name in ("num_beams", "num_return_sequences"):
-        if (settings[name] or 1) != 1:
+    for name in ("guidance_scale", "num_beams", "num_return_sequences"):
+        if settings[name] not in (None, 1):
             raise ValueError(f"`{name}` must be 1, got {settings[name]}: a session is one stream.")
     for name in ASSISTED:
         if settings[name] is not None:

@@ -271,3 +271,11 @@ def age_session(session: SinkSession, tokens: int) -> None:
 def pending_length(detokenizer: Detokenizer) -> int:
     """How many tokens a detokenizer holds back."""
     return len(detokenizer._ids)
+
+
+# --- versions of transformers
+
+
+def let_checkpointing_drop_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let layers that checkpoint activations drop the cache, as those of earlier versions do."""
+    monkeypatch.setattr(attention_sinks.compat, "_drops_cache_without_gradients", lambda: True)

@@ -111,7 +111,7 @@ class Stream:
             positions: see `announce`.
 
         Raises:
-            ValueError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
+            ValueError, RuntimeError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
         """
         plan, compiling = self._plan, self.policy.is_compiling
         if compiling:
@@ -125,6 +125,8 @@ class Stream:
             return self._static
         self.sync()
         seen = layer.known_length
+        if announcing and plan and not compiling:
+            plan.check_stored(self.first.known_length, query_length)
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
