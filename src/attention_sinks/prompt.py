@@ -154,7 +154,7 @@ def check_no_pad_ids(
         return
     is_pad = _is_any(input_ids, pad_ids)
     at_start, at_end = _differing_run(is_pad), 0 if texts_may_end else _differing_run(is_pad.flip(1))
-    where = "begin" if at_start > 0 else "end"
+    where = "begin" if at_start >= at_end else "end"
     what = f"some rows of `input_ids` {where} with the token {_among(pad_ids, input_ids)} more often than others, as "
     what += "padding does"
     if max(at_start, at_end) > 1 or (at_start == 1 and not pad_ids & settings.token_ids("bos_token_id")):

@@ -304,7 +304,7 @@ class Stream:
             check_batch(first.keys.shape[0], first.group.dtype, key_states)
         if not self.policy.is_compiling:
             self.check_limit(layer.get_seq_length(), query_length)
-            if layer_idx == self.spec.positions.first_rotating_layer and query_length > 1:
+            if query_length > 1 and layer_idx == self.spec.positions.first_rotating_layer:
                 plan = self._plan if layer_idx > self._first_idx else self.plan_for(first, query_length)
                 if isinstance(plan, UpdatePlan):
                     self._check_padding(plan, layer_idx, key_states, value_states)
