@@ -16,7 +16,7 @@ FAST := -m "not slow and not docs"
 # The tests to run while editing: under two minutes on two cores.
 QUICK := -m "not slow and not docs and not processes and not exhaustive"
 
-.PHONY: demo chat docs test quick test-oldest test-newest lint types architectures bench build release-notes clean
+.PHONY: demo chat docs test quick test-oldest test-newest lint types architectures bench build hub release-notes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -67,6 +67,11 @@ build: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
+# A `custom_generate` repository with all of its code, ready to upload, in build/hub.
+hub:
+	$(PYTHON) -m hub.build build/hub
+	@echo "build/hub is ready; build/hub/README.md says how it is used."
+
 # What the changelog says of its newest version.
 release-notes:
 	@awk '/^## / { n++; next } n == 1' CHANGELOG.md
@@ -85,4 +90,4 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) dist site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist site
