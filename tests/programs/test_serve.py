@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 PROGRAM = str(Path(sys.executable).with_name("transformers"))
 WINDOW = 64
+CHUNK = 16
 LENGTH = 48  # tokens of an answer
 QUESTIONS = ["Hello, who are you?", "What did you say?", "And before that?", "Say it once more, please."]
 # Console output is easier to read back if answers are made of letters.
@@ -42,7 +43,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "model"
-    save_with_hub(model, folder, window_length=WINDOW)
+    save_with_hub(model, folder, window_length=WINDOW, prefill_chunk_size=CHUNK)
     return folder
 
 
@@ -76,7 +77,14 @@ def expected_answer(model: Any, messages: list[dict[str, str]], window_length: i
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        output = sink_generate(model, **inputs, window_length=window_length, max_new_tokens=LENGTH, do_sample=False)
+        output = sink_generate(
+            model,
+            **inputs,
+            window_length=window_length,
+            prefill_chunk_size=CHUNK,
+            max_new_tokens=LENGTH,
+            do_sample=False,
+        )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
