@@ -17,7 +17,7 @@ FAST := -m "not slow and not docs"
 # The tests to run while editing: under two minutes on two cores.
 QUICK := -m "not slow and not docs and not processes and not exhaustive"
 
-.PHONY: demo chat docs test quick test-oldest test-newest test-integrations lint types architectures bench build release-notes clean
+.PHONY: demo chat docs test quick test-oldest test-newest test-integrations lint types architectures bench build hub release-notes clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m attention_sinks
@@ -73,6 +73,11 @@ build: $(VENV)/.ready
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
+# A `custom_generate` repository with all of its code, ready to upload, in build/hub.
+hub:
+	$(PYTHON) -m hub.build build/hub
+	@echo "build/hub is ready; build/hub/README.md says how it is used."
+
 # What the changelog says of its newest version.
 release-notes:
 	@awk '/^## / { n++; next } n == 1' CHANGELOG.md
@@ -100,4 +105,4 @@ $(INTEGRATIONS)/.ready: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(INTEGRATIONS) dist site
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(INTEGRATIONS) build dist site

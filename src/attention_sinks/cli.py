@@ -17,7 +17,7 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
-    print(f'attention-sinks: {error}. Install it with: pip install "attention-sinks[cli]"', file=sys.stderr)
+    print(f'attention-sinks: {error}. Install it with: pip install "attention-sinks[cli]>=1"', file=sys.stderr)
     raise SystemExit(2) from None
 
 import torch

@@ -16,7 +16,7 @@ from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
 from .grids import following, grid_positions, rope_index_of
 from .guidance import guided
-from .inputs import check_is_text, check_left_out, check_prompt, check_vocabulary, not_text
+from .inputs import check_is_text, check_left_out, check_prompt, check_vocabulary, kind_of, not_text
 from .models import Replacement, unwrapped, view_of
 from .prefill import (
     asks_for_masks,
@@ -166,8 +166,8 @@ def _check_call(
         raise TypeError(f"`model` must be a transformers model that can generate, got {model.__class__.__name__}.")
     if not isinstance(cache, SinkCache | None):
         raise TypeError(
-            f"`cache` must be a SinkCache, got {cache.__class__.__name__}. Leave it out to start a new stream, or call "
-            "`model.generate` for other caches."
+            f"`cache` must be a SinkCache, got {kind_of(cache)}. Leave it out to start a new stream, or call the "
+            "`generate` of the model's class for other caches."
         )
     if generate_kwargs.get("use_cache", True) is not True:
         raise ValueError(

@@ -149,3 +149,10 @@ def check_is_text(arguments: dict[str, Any]) -> None:
     name = not_text(arguments)
     if name is not None:
         raise NotImplementedError(f"`{name}` is not supported with a prompt that is read in chunks.")
+
+
+def kind_of(cache: Any) -> str:
+    """Return what a `cache` is that should be a `SinkCache`. On the Hub there are copies of this library."""
+    kind = type(cache)
+    is_copy = kind.__name__ == "SinkCache"
+    return f"that of {kind.__module__}, another copy of this library" if is_copy else kind.__name__

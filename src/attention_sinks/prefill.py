@@ -16,7 +16,7 @@ from .architecture.spec import check_int
 from .cache import SinkCache
 from .compat import DriftError, checkpointing_drops_cache, chosen_cache, with_cache
 from .grids import rope_index_of
-from .inputs import check_model_arguments, check_token_ids, check_vocabulary
+from .inputs import check_model_arguments, check_token_ids, check_vocabulary, kind_of
 from .models import unwrapped, view_of
 from .prompt import GenerationSettings, check_no_pad_ids
 from .storage.plan import WindowedPlan
@@ -65,7 +65,7 @@ def sink_prefill(
     """
     inner, chosen = unwrapped(model), chosen_cache(cache, past_key_values)
     if not isinstance(chosen, SinkCache):
-        raise TypeError(f"`cache` must be a SinkCache, got {chosen.__class__.__name__}.")
+        raise TypeError(f"`cache` must be a SinkCache, got {kind_of(chosen)}.")
     check_token_ids("input_ids", input_ids, inner, may_be_empty=True)
     check_vocabulary("input_ids", input_ids, inner)
     check_model_arguments(model_kwargs, input_ids)

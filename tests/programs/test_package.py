@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme_renderer.markdown
 from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.processes
@@ -105,7 +106,42 @@ def test_the_metadata_is_that_of_the_project(metadata: Message) -> None:
     assert metadata["Version"] == VERSION
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("License-File") == ["LICENSE"]
-    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    base = PROJECT["urls"]["Source"]
+    assert metadata.get_all("Project-URL") == [f"{name}, {url}" for name, url in PROJECT["urls"].items()]
+    assert all(url.startswith(base) for name, url in PROJECT["urls"].items() if name != "Paper")
+    description = str(metadata.get_payload())
+    for folder in ("raw", "blob"):
+        description = description.replace(f"]({base}/{folder}/v{VERSION}/", "](")
+    assert description == (ROOT / "README.md").read_text()
+
+
+def test_the_pictures_and_links_of_the_long_description_are_absolute(metadata: Message) -> None:
+    page = readme_renderer.markdown.render(str(metadata.get_payload()))
+    assert page is not None
+    targets = re.findall(r"""<(?:a|img)\b[^>]*?\b(?:href|src)="([^"]*)""", page)
+    ours = [target for target in targets if target.startswith(PROJECT["urls"]["Source"])]
+    assert len(ours) == len(re.findall(r"\]\((?!https?:)", (ROOT / "README.md").read_text())) > 10
+    for target in targets:
+        assert re.match("https?://|#", target), target
+    for target in ours:
+        kind, version, path = target.removeprefix(PROJECT["urls"]["Source"] + "/").split("#")[0].split("/", 2)
+        assert (ROOT / path).exists(), target
+        assert (kind, version) == ("raw" if path.endswith((".svg", ".png")) else "blob", f"v{VERSION}")
+
+
+def test_the_wheel_is_installed_as_the_readme_says(dist: Path, tmp_path: Path) -> None:
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*install, str(dist / WHEEL)], check=True, timeout=300)
+    # Earlier versions of another project, 0.x, are not taken for ours.
+    old = Requirement("attention-sinks>=1").specifier
+    assert VERSION in old
+    assert "0.4.0" not in old
+    program = "import attention_sinks as a, importlib.metadata as m; print(m.version('attention-sinks'), a.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == [VERSION, str(tmp_path / "attention_sinks/__init__.py")]
 
 
 def test_every_dependency_is_bounded_from_below(metadata: Message) -> None:
