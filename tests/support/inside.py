@@ -25,6 +25,7 @@ from attention_sinks.architecture.positions import LAST_POSITION, derive_positio
 from attention_sinks.architecture.twin import RESIZES, LostCache, OwnRandomness, Twin, build_twin, isolated, shrink
 from attention_sinks.compat import PassWatch
 from attention_sinks.files import FORMAT
+from attention_sinks.openmp import gnu_openmp
 from attention_sinks.prefill import read_in_chunks
 from attention_sinks.storage.guard import PassGuard
 from attention_sinks.storage.layers import SinkLayer
@@ -34,7 +35,6 @@ from attention_sinks.storage.plan import UpdatePlan, WindowedPlan
 from attention_sinks.storage.positions import token_positions
 from attention_sinks.storage.static import StaticPlan
 from attention_sinks.streaming import Detokenizer, Worker
-from attention_sinks.streaming import _gnu_openmp as gnu_openmp
 
 __all__ = [
     "FORMAT",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from ..compat import CACHE_NAMES, with_cache
+from .kinds import LeftOut
 
 # Positions are probed up to here, if the model has as many. A mask over all tokens seen is given up to here.
 PROBE_LENGTH = 1024
@@ -37,20 +38,23 @@ class Twin:
 
     Args:
         model: the model.
+        left_out: the layers of the model that do not run.
         masked: True if the model is given an attention mask over all tokens seen, as for padded batches.
     """
 
-    def __init__(self, model: PreTrainedModel, masked: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, left_out: LeftOut, masked: bool = True) -> None:
         self.model = model
+        self.left_out = left_out
         self.masked = masked
 
     def unmasked(self) -> "Twin":
         """Return the same twin, run without an attention mask."""
-        return Twin(self.model, masked=False)
+        return Twin(self.model, self.left_out, masked=False)
 
     def copied(self) -> "Twin":
         """Return a copy that shares the weights, but not the buffers."""
-        return Twin(copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()}), self.masked)
+        shared = [*self.model.parameters(), *self.left_out.layers]
+        return Twin(copy.deepcopy(self.model, {id(each): each for each in shared}), self.left_out, self.masked)
 
     def run_at(self, positions: list[int], num_lost: int = 0) -> DynamicCache:
         """Return a cache in which the model stored one token at each of `positions`.
@@ -64,7 +68,7 @@ class Twin:
         return cache
 
     def states_at(self, positions: list[int], num_lost: int = 0) -> dict[int, list[Tensor]]:
-        """Return by layer the states that `run_at` stores: keys, values and, if the layer has them, indexer keys.
+        """Return by layer that runs the states that `run_at` stores: keys, values and, if there are, indexer keys.
 
         States have the shape `[len(positions), num_heads, 1, head_dim]`; indexer keys have one head.
         """
@@ -98,8 +102,11 @@ class Twin:
         return logits
 
     def _forward(self, cache: DynamicCache, **inputs: Tensor | None) -> Any:
+        self.left_out.begin_pass()
         with OwnRandomness():  # BigBird builds modules in its forward pass
-            return self.model(**inputs, use_cache=True, **with_cache(self.model.forward, cache))
+            output = self.model(**inputs, use_cache=True, **with_cache(self.model.forward, cache))
+        self.left_out.end_pass(_attention_layers(cache))
+        return output
 
 
 class LostCache(DynamicCache):
@@ -139,30 +146,31 @@ def isolated() -> Iterator[None]:
         yield
 
 
-def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], PreTrainedConfig]) -> Twin:
+def build_twin(
+    config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], PreTrainedConfig], every_layer: bool = False
+) -> Twin:
     """Return a twin of the model that `config` describes, as small as `resize`, one of `RESIZES`, makes it.
 
-    The same config gives bitwise the same weights. Call it inside `isolated`.
+    The same config gives bitwise the same weights. Only one layer of each kind runs, or `every_layer`. Call it inside
+    `isolated`.
 
     Raises:
         ValueError: if the twin would have more than `MAX_TWIN_WEIGHTS` weights.
         Exception: whatever the code of a model raises on sizes that it does not support.
     """
     config = resize(shrink(config))
-    model_class = find_model_class(config)
-
-    def build() -> PreTrainedModel:
-        model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
-        return model
-
-    with OwnRandomness(), torch.device("meta"):
-        num_weights = sum(weight.numel() for weight in build().parameters())
+    # The weights of a layer that is left out are never written, and then take no memory.
+    with OwnRandomness(draws_weights=False) as randomness:
+        model: Any = find_model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    left_out = LeftOut()
+    if not every_layer:
+        left_out.leave_out_of(model)
+    num_weights = sum(weight.numel() for weight in model.parameters())
     if num_weights > MAX_TWIN_WEIGHTS:
         raise ValueError(f"the twin would have {num_weights / 1e6:,.0f} million weights")
     with OwnRandomness():
-        model = build()
         for weight in model.parameters():
-            if not weight.requires_grad:  # a table of fixed sines and cosines
+            if not weight.requires_grad and id(weight) not in randomness.undrawn:  # a table of fixed sines and cosines
                 continue
             # Vectors too, among them the weights of norms. A norm after the rotation commutes with it only if all its
             # weights are equal: that is so in a fresh model, but not in a trained one.
@@ -170,7 +178,7 @@ def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], Pr
                 weight.uniform_(0.5, 1.5)
             else:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
-    return Twin(model.eval())
+    return Twin(model.eval(), left_out)
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -205,6 +213,9 @@ class OwnRandomness(TorchFunctionMode):
     """A context in which random numbers come from its own generators, never from the global ones.
 
     It is local to a thread. Each context draws the same numbers.
+
+    Args:
+        draws_weights: False to leave weights that learn as they are allocated; `undrawn` then holds their ids.
     """
 
     # By name: transformers replaces functions of `torch.nn.init` by its own.
@@ -220,13 +231,20 @@ class OwnRandomness(TorchFunctionMode):
         "randint_like": Tensor.random_,
     }
 
-    def __init__(self) -> None:
+    def __init__(self, draws_weights: bool = True) -> None:
         super().__init__()
+        self.undrawn: set[int] = set()
+        self._draws_weights = draws_weights
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name in self._DRAWS and not self._draws_weights:
+            weight = args[0] if args else kwargs.get("tensor")
+            if isinstance(weight, nn.Parameter):
+                self.undrawn.add(id(weight))
+                return weight
         if (name in self._DRAWS or name in self._FILLS) and kwargs.get("generator") is None:
             kwargs.pop("generator", None)
             generator = self._generator_for(args, kwargs)
@@ -289,6 +307,7 @@ _SMALLER: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     (r"^linear_num_.*heads$", _always(1)),
     (r"experts?_per_tok(en)?$|^(moe_)?(top_?)?k(_experts)?$", _at_most(2)),
     (r"^(mamba_)?chunk_size$", _at_most(8)),
+    (r"(^|_)(d_state|state_size)$", _at_most(4)),
     (r"^(n|num|num_expert|topk)_groups?$", _always(1)),
 )
 
