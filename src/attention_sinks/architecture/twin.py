@@ -101,11 +101,22 @@ class Twin:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _forward(self, cache: DynamicCache, **inputs: Tensor | None) -> Any:
-        self.left_out.begin_pass()
+    def compare_layers(self, positions: list[int]) -> None:
+        """Let `left_out` compare what layers of one kind compute for tokens at `positions`."""
+        tokens = torch.arange(1, 1 + len(positions))[None]
+        self._forward(
+            LostCache(self.model.config, 0),
+            compare_results=True,
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            position_ids=torch.tensor([positions]),
+        )
+
+    def _forward(self, cache: DynamicCache, compare_results: bool = False, **inputs: Tensor | None) -> Any:
+        self.left_out.begin_pass(compare_results)
         with OwnRandomness():  # BigBird builds modules in its forward pass
             output = self.model(**inputs, use_cache=True, **with_cache(self.model.forward, cache))
-        self.left_out.end_pass(_attention_layers(cache))
+        self.left_out.end_pass(cache.layers)
         return output
 
 
@@ -272,6 +283,9 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
                     break
     if hasattr(config, "n_inner"):  # None stands for four times the width
         config.n_inner = 32
+    if getattr(config, "mamba_d_ssm", None):  # Falcon-H1 says it three times: one head for each group
+        config.mamba_n_heads = config.mamba_n_groups
+        config.mamba_d_ssm = config.mamba_n_heads * config.mamba_d_head
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
