@@ -169,7 +169,8 @@ def _same(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor):
         if value.shape != other.shape or value.dtype != other.dtype:
             return False
-        return (value.requires_grad and other.requires_grad) or torch.equal(value, other)
+        learns = isinstance(value, nn.Parameter) and value.requires_grad and other.requires_grad
+        return learns or torch.equal(value, other)
     if isinstance(value, dict):
         return value.keys() == other.keys() and all(_same(value[name], other[name]) for name in value)
     if isinstance(value, list | tuple):
