@@ -1,4 +1,4 @@
-"""The first `SinkCache` of a config, in a new process. `python -m benchmarks.construct MODEL` prints one measurement.
+"""The first `SinkCache` of a config: its CPU time, wall time and memory, in a process without OpenMP threads.
 
 `SinkCache(config)` measures the model that the config describes. Further caches of an equal config use the results.
 """
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from attention_sinks import SinkCache
 
+ROOT = Path(__file__).resolve().parents[1]
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -65,34 +66,58 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def construct(names: list[str], rounds: int) -> list[dict[str, Any]]:
     """Return the CPU time, wall time and memory of the first `SinkCache` of each model, alone and beside busy CPUs."""
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    busy: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    # A program of its own forks a process for each measurement, so that PyTorch is imported only once. Here, other
+    # sections may have started the threads of OpenMP, which no forked process has.
+    command = [sys.executable, "-m", "benchmarks.construct", str(rounds), *names]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    rows: list[dict[str, Any]] = json.loads(output)
+    return rows
+
+
+def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
+    configs: dict[str, Any] = {name: AutoConfig.for_model(SHAPES[name][0], **SHAPES[name][1]) for name in names}
+    for config in configs.values():
+        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # loads the code of the model, as it is where there is a model
+    alone: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    busy: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            measured[name].append(_in_new_process(name))
+            alone[name].append(in_new_process(configs[name]))
         with busy_cpus():
             for name in names:
-                busy[name].append(_in_new_process(name))
-    return [
-        {
-            "model": name,
-            "layers": measured[name][0]["layers"],
-            "cpu ms": [each["cpu ms"] for each in measured[name]],
-            "ms": [each["ms"] for each in measured[name]],
-            "busy cpu ms": [each["cpu ms"] for each in busy[name]],
-            "busy ms": [each["ms"] for each in busy[name]],
-            "MiB": [each["MiB"] for each in measured[name]],
-        }
-        for name in names
-    ]
+                busy[name].append(in_new_process(configs[name]))
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        cpu, wall, mebibytes = zip(*alone[name], strict=True)
+        busy_cpu, busy_wall, _ = zip(*busy[name], strict=True)
+        row = {"cpu ms": cpu, "ms": wall, "busy cpu ms": busy_cpu, "busy ms": busy_wall, "MiB": mebibytes}
+        rows.append({"model": name, "layers": configs[name].num_hidden_layers, **row})
+    return rows
 
 
-def _in_new_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.construct", name]
-    root = Path(__file__).parents[1]
-    output = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
-    measurement: dict[str, Any] = json.loads(output)
-    return measurement
+def in_new_process(config: PreTrainedConfig) -> tuple[float, ...]:
+    """Return the milliseconds of CPU and of wall time, and the MiB, that the first cache of a config takes."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _memory("VmRSS")
+        started, cpu_started = time.perf_counter(), time.process_time()
+        SinkCache(config)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        os.write(writer, json.dumps([cpu_seconds * 1e3, seconds * 1e3, _memory("VmHWM") - before]).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        measured = json.loads(file.read())
+    os.waitpid(process, 0)
+    return tuple(measured)
+
+
+def _memory(name: str) -> float:
+    """Return an entry of the status of this process, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 @contextlib.contextmanager
@@ -107,29 +132,5 @@ def busy_cpus() -> Iterator[None]:
             process.wait()
 
 
-def measure_first(name: str) -> dict[str, Any]:
-    """Measure the first `SinkCache` of a model whose code is loaded, as it is where there is a model."""
-    model_type, sizes = SHAPES[name]
-    config: Any = AutoConfig.for_model(model_type, **sizes)
-    _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _memory("VmRSS")
-    started, cpu_started = time.perf_counter(), time.process_time()
-    SinkCache(config)
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return {
-        "layers": config.num_hidden_layers,
-        "cpu ms": cpu_seconds * 1e3,
-        "ms": seconds * 1e3,
-        "MiB": _memory("VmHWM") - before,
-    }
-
-
-def _memory(name: str) -> float:
-    """Return an entry of the status of this process, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-
 if __name__ == "__main__":
-    print(json.dumps(measure_first(sys.argv[1])))
+    print(json.dumps(measure(sys.argv[2:], int(sys.argv[1]))))

@@ -168,10 +168,10 @@ def construct(measured: dict[str, Any], folder: Path) -> str:
         for row in measured["rows"]
     ]
     return (
-        "The first `SinkCache(config)` in a new process, for configs of large models. It measures how the model tells "
-        "positions apart; later caches of an equal config use the result. The code of the model is loaded before. "
-        "*Busy* means beside one process for each CPU that computes without a pause. The memory is the peak above what "
-        "the process held before.\n\n"
+        "The first `SinkCache(config)` of a process, for configs of large models. It measures how the model tells "
+        "positions apart; later caches of an equal config use the result. PyTorch and the code of the model are loaded "
+        "before. *Busy* means beside one process for each CPU that computes without a pause. The memory is the peak "
+        "above what the process held before.\n\n"
         + table(["config", "layers", "CPU ms", "ms", "CPU ms, busy", "ms, busy", "MiB"], lines)
     )
 

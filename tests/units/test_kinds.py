@@ -26,7 +26,7 @@ NUM_LAYERS = 4
 class Layer(nn.Module):
     """A layer that adds to the hidden states, and stores them in its place of the cache."""
 
-    def __init__(self, layer_idx: int, **settings: Any) -> None:
+    def __init__(self, layer_idx: Any, **settings: Any) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.linear = nn.Linear(3, 3)
@@ -122,6 +122,22 @@ def test_a_layer_is_left_out_if_an_earlier_one_differs_in_index_and_weights_alon
     left_out = run(make())
     assert not left_out.differ
     assert left_out.stand_ins == stand_ins
+
+
+def test_layers_without_an_index_of_their_own_are_not_left_out() -> None:
+    model = Model(layers_of(sliding=[True, False, True, False]))
+    model.encoder = nn.ModuleList([Layer(None), Layer(None)])
+    model.experts = nn.ModuleList([Layer(0), Layer(0)])
+    left_out = run(model)
+    assert left_out.layers == [model.layers[2], model.layers[3]]
+
+
+def test_layers_of_another_stack_that_no_pass_reaches_stand_for_nothing() -> None:
+    model = Model(layers_of(sliding=[True, False, True, False]))
+    model.tower = nn.ModuleList(layers_of())
+    left_out = run(model)
+    assert not left_out.differ
+    assert left_out.stand_ins == {2: 0, 3: 1}
 
 
 NOTICED: dict[str, Callable[[], Model]] = {

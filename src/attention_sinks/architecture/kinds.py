@@ -24,7 +24,7 @@ class LeftOut:
 
     Attributes:
         layers: the layers that are left out. They keep their attributes and lose their parts.
-        stand_ins: by the index of each of them, the index of the layer that stands for it.
+        stand_ins: by the index of each of them that a pass reached, the index of the layer that stands for it.
         differ: True if a forward pass showed that layers which were taken to be alike are not.
     """
 
@@ -33,22 +33,21 @@ class LeftOut:
         self.stand_ins: dict[int, int] = {}
         self.differ = False
         self._compares_results = False
-        # The calls of the current pass, by the index of the layer.
-        self._calls: dict[int, _Call] = {}
+        # The calls of the current pass, by an object for each kind.
+        self._calls: dict[object, _Call] = {}
 
     def leave_out_of(self, model: PreTrainedModel) -> None:
         """Let all layers of `model` return their input, but for the first of each kind."""
         for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
-            stand_ins = _stand_ins(stack)
-            for i in set(stand_ins.values()):
-                stack[i].register_forward_hook(self._recorder(_index(stack[i])), with_kwargs=True)
-            for i, first in stand_ins.items():
-                layer: Any = stack[i]
-                self.layers.append(layer)
-                self.stand_ins[_index(layer)] = _index(stack[first])
-                layer.forward = self._passing_on(_index(layer), _index(stack[first]))
-                layer._modules.clear()
-                layer._parameters.clear()
+            for first, *others in _kinds(stack):
+                kind = object()
+                if others:
+                    first.register_forward_hook(self._recorder(kind), with_kwargs=True)
+                for layer in others:
+                    self.layers.append(layer)
+                    layer.forward = self._passing_on(kind, _index(layer), _index(first))
+                    layer._modules.clear()
+                    layer._parameters.clear()
 
     def begin_pass(self, compare_results: bool) -> None:
         """Begin a pass that compares the arguments of layers and, with `compare_results`, their results."""
@@ -68,20 +67,21 @@ class LeftOut:
         return by_layer | {i: by_layer[first] for i, first in self.stand_ins.items() if first in by_layer}
 
     # Functions, which the copies of a model share.
-    def _recorder(self, index: int) -> Callable[..., None]:
+    def _recorder(self, kind: object) -> Callable[..., None]:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             call = _Call(layer, *_split(args, kwargs), output)
-            self.differ |= index in self._calls  # a layer that runs twice has two places in the cache
+            self.differ |= kind in self._calls  # a layer that runs twice has two places in the cache
             self.differ |= call.unpacked.shape != call.hidden_states.shape
-            self._calls[index] = call
+            self._calls[kind] = call
 
         return record
 
-    def _passing_on(self, index: int, first: int) -> Callable[..., Any]:
+    def _passing_on(self, kind: object, index: int, first: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self._calls[first]
+            call = self._calls[kind]
             hidden_states, *others = _split(args, kwargs)
             self.differ |= not _same(others, [call.args, call.kwargs])
+            self.differ |= self.stand_ins.setdefault(index, first) != first
             if self._compares_results:
                 self.differ |= not _same(call.repeated_as(index), call.output)
             return (hidden_states,) if isinstance(call.output, tuple) else hidden_states
@@ -123,27 +123,27 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return kwargs.pop("hidden_states"), args, kwargs
 
 
-def _stand_ins(stack: nn.ModuleList) -> dict[int, int]:
-    """Return for each layer of a stack that is like an earlier one the place of the first that it is like."""
-    layers = list(stack)
-    kinds: dict[int, Any] = {}
-    stand_ins: dict[int, int] = {}
-    for i, layer in enumerate(layers):
-        if _index(layer) < 0 or layers.index(layer) < i:  # one layer may stand at several places
+def _kinds(stack: nn.ModuleList) -> list[list[nn.Module]]:
+    """Return the layers of a stack by their kinds. Those that have no index of their own are left away."""
+    kinds: list[tuple[Any, list[nn.Module]]] = []
+    indices = {-1}
+    for layer in stack:
+        if _index(layer) in indices:
             continue
-        kind = _parts(layer)
-        first = next((each for each in kinds if _same(kinds[each], kind)), None)
-        if first is None:
-            kinds[i] = kind
-        else:
-            stand_ins[i] = first
-    return stand_ins
+        indices.add(_index(layer))
+        parts = _parts(layer)
+        layers = next((layers for others, layers in kinds if _same(others, parts)), None)
+        if layers is None:
+            kinds.append((parts, layers := []))
+        layers.append(layer)
+    return [layers for _, layers in kinds]
 
 
 def _index(layer: nn.Module) -> int:
     """Return the index by which a layer and its parts address the cache, -1 if there is not one."""
     indices = {vars(part)["layer_idx"] for part in layer.modules() if "layer_idx" in vars(part)}
-    return indices.pop() if len(indices) == 1 else -1
+    index = indices.pop() if len(indices) == 1 else None
+    return -1 if index is None else index
 
 
 def _set_index(layer: nn.Module, index: int) -> None:
