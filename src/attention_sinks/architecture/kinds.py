@@ -4,8 +4,9 @@ A model of a hundred layers has one or two kinds of them, and what a kind does a
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ T = TypeVar("T")
 class LeftOut:
     """The layers of a model that return their input, since an earlier layer of their kind stands for them.
 
-    Two layers are alike if they differ in nothing but their index and the values of their weights, and if each forward
-    pass calls both with the same arguments, the hidden states apart. The arguments are compared in every pass.
+    Two layers are alike if they differ in nothing but their index and the values of their weights, if each forward pass
+    calls both with the same arguments, the hidden states apart, and if the earlier one computes and caches the same
+    with the index of the other. The arguments are compared in each pass, the results in a pass that asks for it.
 
     Attributes:
         layers: the layers that are left out. They keep their attributes and lose their parts.
-        stand_ins: by the index of each of them, the index of the layer that stands for it.
+        stand_ins: by the index of each of them that a pass reached, the index of the layer that stands for it.
         differ: True if a forward pass showed that layers which were taken to be alike are not.
     """
 
@@ -30,55 +32,87 @@ class LeftOut:
         self.layers: list[nn.Module] = []
         self.stand_ins: dict[int, int] = {}
         self.differ = False
-        # Of the current pass, by the index of a layer that stands for others: its arguments, and if it returns a tuple.
-        self._calls: dict[int, tuple[list[Any], bool]] = {}
+        self._compares_results = False
+        # The calls of the current pass, by an object for each kind.
+        self._calls: dict[object, _Call] = {}
 
     def leave_out_of(self, model: PreTrainedModel) -> None:
         """Let all layers of `model` return their input, but for the first of each kind."""
         for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
-            stand_ins = _stand_ins(model, stack)
-            for i in set(stand_ins.values()):
-                stack[i].register_forward_hook(self._recorder(_index(stack[i])), with_kwargs=True)
-            for i, first in stand_ins.items():
-                layer: Any = stack[i]
-                self.layers.append(layer)
-                self.stand_ins[_index(layer)] = _index(stack[first])
-                layer.forward = self._passing_on(_index(stack[first]))
-                layer._modules.clear()
-                layer._parameters.clear()
+            for first, *others in _kinds(stack):
+                kind = object()
+                if others:
+                    first.register_forward_hook(self._recorder(kind), with_kwargs=True)
+                for layer in others:
+                    self.layers.append(layer)
+                    layer.forward = self._passing_on(kind, _index(layer), _index(first))
+                    layer._modules.clear()
+                    layer._parameters.clear()
 
-    def begin_pass(self) -> None:
-        """Forget the calls of the pass before."""
+    def begin_pass(self, compare_results: bool) -> None:
+        """Begin a pass that compares the arguments of layers and, with `compare_results`, their results."""
         self._calls.clear()
+        self._compares_results = compare_results
 
-    def end_pass(self, stored: Iterable[int]) -> None:
-        """Check a pass that stored states in the layers `stored` of its cache."""
-        self.differ |= not self.stand_ins.keys().isdisjoint(stored)
+    def end_pass(self, cached: list[Any]) -> None:
+        """Check what a pass stored in the layers `cached` of its cache."""
+        for i, first in self.stand_ins.items():
+            if self._compares_results:
+                self.differ |= not _same([type(cached[i]), vars(cached[i])], [type(cached[first]), vars(cached[first])])
+            else:  # a layer with another index may have written there
+                self.differ |= getattr(cached[i], "keys", None) is not None
 
     def for_all(self, by_layer: dict[int, T]) -> dict[int, T]:
         """Return what was measured by layer, also for the layers that are left out."""
         return by_layer | {i: by_layer[first] for i, first in self.stand_ins.items() if first in by_layer}
 
     # Functions, which the copies of a model share.
-    def _recorder(self, index: int) -> Callable[..., None]:
+    def _recorder(self, kind: object) -> Callable[..., None]:
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hidden_states, *others = _split(args, kwargs)
-            in_tuple = isinstance(output, tuple) and len(output) == 1
-            changed = output[0] if in_tuple else output
-            self.differ |= index in self._calls  # a layer that runs twice has two places in the cache
-            self.differ |= not isinstance(changed, Tensor) or changed.shape != hidden_states.shape
-            self._calls[index] = others, in_tuple
+            call = _Call(layer, *_split(args, kwargs), output)
+            self.differ |= kind in self._calls  # a layer that runs twice has two places in the cache
+            self.differ |= call.unpacked.shape != call.hidden_states.shape
+            self._calls[kind] = call
 
         return record
 
-    def _passing_on(self, index: int) -> Callable[..., Tensor | tuple[Tensor]]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def _passing_on(self, kind: object, index: int, first: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self._calls[kind]
             hidden_states, *others = _split(args, kwargs)
-            expected, in_tuple = self._calls[index]
-            self.differ |= not _same(others, expected)
-            return (hidden_states,) if in_tuple else hidden_states
+            self.differ |= not _same(others, [call.args, call.kwargs])
+            self.differ |= self.stand_ins.setdefault(index, first) != first
+            if self._compares_results:
+                self.differ |= not _same(call.repeated_as(index), call.output)
+            return (hidden_states,) if isinstance(call.output, tuple) else hidden_states
 
         return forward
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a layer: what it was called with, and what it returned."""
+
+    layer: Any
+    hidden_states: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def unpacked(self) -> Tensor:
+        """The hidden states that the layer returned, alone or in a tuple."""
+        (hidden_states,) = self.output if isinstance(self.output, tuple) else (self.output,)
+        return cast(Tensor, hidden_states)
+
+    def repeated_as(self, index: int) -> Any:
+        """Return what the layer returns to the same call if its index is `index`."""
+        before = _index(self.layer)
+        _set_index(self.layer, index)
+        try:
+            return self.layer.forward(self.hidden_states, *self.args, **self.kwargs)
+        finally:
+            _set_index(self.layer, before)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -89,30 +123,33 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return kwargs.pop("hidden_states"), args, kwargs
 
 
-def _stand_ins(model: PreTrainedModel, stack: nn.ModuleList) -> dict[int, int]:
-    """Return for each layer of a stack that is like an earlier one the place of the first that it is like."""
-    # What the config says of each layer, since a layer may read it in a forward pass.
-    entries = [value for value in model.config.to_dict().values() if isinstance(value, list | tuple)]
-    entries = [value for value in entries if len(value) >= len(stack)]
-    layers = list(stack)
-    kinds: dict[int, Any] = {}
-    stand_ins: dict[int, int] = {}
-    for i, layer in enumerate(layers):
-        if _index(layer) < 0 or layers.index(layer) < i:  # one layer may stand at several places
+def _kinds(stack: nn.ModuleList) -> list[list[nn.Module]]:
+    """Return the layers of a stack by their kinds. Those that have no index of their own are left away."""
+    kinds: list[tuple[Any, list[nn.Module]]] = []
+    indices = {-1}
+    for layer in stack:
+        if _index(layer) in indices:
             continue
-        kind = [value[i] for value in entries], _parts(layer)
-        first = next((each for each in kinds if _same(kinds[each], kind)), None)
-        if first is None:
-            kinds[i] = kind
-        else:
-            stand_ins[i] = first
-    return stand_ins
+        indices.add(_index(layer))
+        parts = _parts(layer)
+        layers = next((layers for others, layers in kinds if _same(others, parts)), None)
+        if layers is None:
+            kinds.append((parts, layers := []))
+        layers.append(layer)
+    return [layers for _, layers in kinds]
 
 
 def _index(layer: nn.Module) -> int:
     """Return the index by which a layer and its parts address the cache, -1 if there is not one."""
     indices = {vars(part)["layer_idx"] for part in layer.modules() if "layer_idx" in vars(part)}
-    return indices.pop() if len(indices) == 1 else -1
+    index = indices.pop() if len(indices) == 1 else None
+    return -1 if index is None else index
+
+
+def _set_index(layer: nn.Module, index: int) -> None:
+    for part in layer.modules():
+        if "layer_idx" in vars(part):
+            vars(part)["layer_idx"] = index
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:
@@ -132,7 +169,8 @@ def _same(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor):
         if value.shape != other.shape or value.dtype != other.dtype:
             return False
-        return (value.requires_grad and other.requires_grad) or torch.equal(value, other)
+        learns = isinstance(value, nn.Parameter) and value.requires_grad and other.requires_grad
+        return learns or torch.equal(value, other)
     if isinstance(value, dict):
         return value.keys() == other.keys() and all(_same(value[name], other[name]) for name in value)
     if isinstance(value, list | tuple):

@@ -220,6 +220,7 @@ def _explain_failure(config: PreTrainedConfig, error: str) -> Refusal:
 def _measure_twin(twin: Twin, length: int) -> _Measured | Refusal:
     """Measure a twin at positions below `length` and, if it is supported there, beyond."""
     positions = sorted({0, min(1, length - 1), length // 2, length - 1})
+    twin.compare_layers(positions)
     # Read first: a forward pass may replace frequencies that depend on the length.
     frequencies = _frequencies(twin.model)
     start = _Behavior(twin.logits_at(0), twin.states_at(positions))

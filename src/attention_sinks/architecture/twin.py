@@ -10,6 +10,7 @@ import importlib
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
@@ -101,11 +102,22 @@ class Twin:
         logits: Tensor = output["logits" if "logits" in output else "last_hidden_state"][:, -1]
         return logits
 
-    def _forward(self, cache: DynamicCache, **inputs: Tensor | None) -> Any:
-        self.left_out.begin_pass()
+    def compare_layers(self, positions: list[int]) -> None:
+        """Let `left_out` compare what layers of one kind compute for tokens at `positions`."""
+        tokens = torch.arange(1, 1 + len(positions))[None]
+        self._forward(
+            LostCache(self.model.config, 0),
+            compare_results=True,
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            position_ids=torch.tensor([positions]),
+        )
+
+    def _forward(self, cache: DynamicCache, compare_results: bool = False, **inputs: Tensor | None) -> Any:
+        self.left_out.begin_pass(compare_results)
         with OwnRandomness():  # BigBird builds modules in its forward pass
             output = self.model(**inputs, use_cache=True, **with_cache(self.model.forward, cache))
-        self.left_out.end_pass(_attention_layers(cache))
+        self.left_out.end_pass(cache.layers)
         return output
 
 
@@ -159,26 +171,39 @@ def build_twin(
         Exception: whatever the code of a model raises on sizes that it does not support.
     """
     config = resize(shrink(config))
-    # The weights of a layer that is left out are never written, and then take no memory.
-    with OwnRandomness(draws_weights=False) as randomness:
-        model: Any = find_model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model_class = find_model_class(config)
+
+    def build() -> PreTrainedModel:
+        model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
+        return model
+
     left_out = LeftOut()
+    if every_layer:
+        with OwnRandomness(), torch.device("meta"):
+            _check_size(build())
+    # The weights of a layer that is left out are never written, and so take no memory.
+    with OwnRandomness(draws_weights=every_layer) as randomness:
+        model = build()
     if not every_layer:
         left_out.leave_out_of(model)
+        _check_size(model)
+    generator = randomness.generator(torch.device("cpu"))
+    for weight in model.parameters():
+        if not weight.requires_grad and id(weight) not in randomness.undrawn:  # a table of fixed sines and cosines
+            continue
+        # Vectors too, among them the weights of norms. A norm after the rotation commutes with it only if all its
+        # weights are equal: that is so in a fresh model, but not in a trained one.
+        if weight.ndim == 1:
+            weight.uniform_(0.5, 1.5, generator=generator)
+        else:
+            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+    return Twin(model.eval(), left_out)
+
+
+def _check_size(model: PreTrainedModel) -> None:
     num_weights = sum(weight.numel() for weight in model.parameters())
     if num_weights > MAX_TWIN_WEIGHTS:
         raise ValueError(f"the twin would have {num_weights / 1e6:,.0f} million weights")
-    with OwnRandomness():
-        for weight in model.parameters():
-            if not weight.requires_grad and id(weight) not in randomness.undrawn:  # a table of fixed sines and cosines
-                continue
-            # Vectors too, among them the weights of norms. A norm after the rotation commutes with it only if all its
-            # weights are equal: that is so in a fresh model, but not in a trained one.
-            if weight.ndim == 1:
-                weight.uniform_(0.5, 1.5)
-            else:
-                weight.normal_(std=weight.shape[-1] ** -0.5)
-    return Twin(model.eval(), left_out)
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -191,7 +216,9 @@ def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    # An import would wait if another thread is in the middle of it, which may be the one that waits for this thread.
+    module = sys.modules.get(name) or importlib.import_module(name)
     classes = [
         each
         for each in vars(module).values()
@@ -259,8 +286,10 @@ class OwnRandomness(TorchFunctionMode):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         # Without a tensor or `device`, functions like `torch.normal` draw on the CPU even if the default is "meta".
         device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
-        if device.type == "meta":
-            return None
+        return None if device.type == "meta" else self.generator(device)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the generator for a device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(0)
         return self._generators[device]
@@ -279,6 +308,9 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
                     break
     if hasattr(config, "n_inner"):  # None stands for four times the width
         config.n_inner = 32
+    if getattr(config, "mamba_d_ssm", None):  # Falcon-H1 says it three times: one head for each group
+        config.mamba_n_heads = config.mamba_n_groups
+        config.mamba_d_ssm = config.mamba_n_heads * config.mamba_d_head
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
