@@ -5,8 +5,7 @@ A model of a hundred layers has one or two kinds of them, and what a kind does a
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,11 @@ class LeftOut:
     """The layers of a model that return their input, since an earlier layer of their kind stands for them.
 
     Two layers are alike if they differ in nothing but their index and the values of their weights, if each forward pass
-    calls both with the same arguments, the hidden states apart, and if the earlier one computes and caches the same
-    with the index of the other. The arguments are compared in each pass, the results in a pass that asks for it.
+    calls both with the same arguments, the hidden states apart, and if both compute and cache the same, once they share
+    their weights. The arguments are compared in each pass, the results in a pass that asks for it.
 
     Attributes:
-        layers: the layers that are left out. They keep their attributes and lose their parts.
+        layers: the layers that are left out.
         stand_ins: by the index of each of them that a pass reached, the index of the layer that stands for it.
         differ: True if a forward pass showed that layers which were taken to be alike are not.
     """
@@ -33,21 +32,20 @@ class LeftOut:
         self.stand_ins: dict[int, int] = {}
         self.differ = False
         self._compares_results = False
-        # The calls of the current pass, by an object for each kind.
-        self._calls: dict[object, _Call] = {}
+        # The calls of the current pass, by the layer that stands for others: that of the model, also in its copies.
+        self._calls: dict[nn.Module, _Call] = {}
 
     def leave_out_of(self, model: PreTrainedModel) -> None:
-        """Let all layers of `model` return their input, but for the first of each kind."""
+        """Let all layers of `model` return their input, but for the first of each kind, whose weights they share."""
         for stack in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
             for first, *others in _kinds(stack):
-                kind = object()
                 if others:
-                    first.register_forward_hook(self._recorder(kind), with_kwargs=True)
+                    first.register_forward_hook(self._recorder(first), with_kwargs=True)
                 for layer in others:
                     self.layers.append(layer)
-                    layer.forward = self._passing_on(kind, _index(layer), _index(first))
-                    layer._modules.clear()
-                    layer._parameters.clear()
+                    for part, of_first in zip(layer.modules(), first.modules(), strict=True):
+                        part._parameters = of_first._parameters
+                    layer.forward = self._passing_on(layer, first)
 
     def begin_pass(self, compare_results: bool) -> None:
         """Begin a pass that compares the arguments of layers and, with `compare_results`, their results."""
@@ -67,52 +65,38 @@ class LeftOut:
         return by_layer | {i: by_layer[first] for i, first in self.stand_ins.items() if first in by_layer}
 
     # Functions, which the copies of a model share.
-    def _recorder(self, kind: object) -> Callable[..., None]:
-        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            call = _Call(layer, *_split(args, kwargs), output)
-            self.differ |= kind in self._calls  # a layer that runs twice has two places in the cache
-            self.differ |= call.unpacked.shape != call.hidden_states.shape
-            self._calls[kind] = call
+    def _recorder(self, first: nn.Module) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.differ |= first in self._calls  # a layer that runs twice has two places in the cache
+            call = _Call(*_split(args, kwargs), output)
+            (after,) = output if isinstance(output, tuple) else (output,)
+            self.differ |= after.shape != call.hidden_states.shape
+            self._calls[first] = call
 
         return record
 
-    def _passing_on(self, kind: object, index: int, first: int) -> Callable[..., Any]:
+    def _passing_on(self, layer: nn.Module, first: nn.Module) -> Callable[..., Any]:
+        compute, index, index_of_first = layer.forward, _index(layer), _index(first)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self._calls[kind]
+            call = self._calls[first]
             hidden_states, *others = _split(args, kwargs)
             self.differ |= not _same(others, [call.args, call.kwargs])
-            self.differ |= self.stand_ins.setdefault(index, first) != first
+            self.stand_ins[index] = index_of_first
             if self._compares_results:
-                self.differ |= not _same(call.repeated_as(index), call.output)
+                self.differ |= not _same(compute(call.hidden_states, *call.args, **call.kwargs), call.output)
             return (hidden_states,) if isinstance(call.output, tuple) else hidden_states
 
         return forward
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a layer: what it was called with, and what it returned."""
+class _Call(NamedTuple):
+    """A call of a layer."""
 
-    layer: Any
     hidden_states: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-
-    @property
-    def unpacked(self) -> Tensor:
-        """The hidden states that the layer returned, alone or in a tuple."""
-        (hidden_states,) = self.output if isinstance(self.output, tuple) else (self.output,)
-        return cast(Tensor, hidden_states)
-
-    def repeated_as(self, index: int) -> Any:
-        """Return what the layer returns to the same call if its index is `index`."""
-        before = _index(self.layer)
-        _set_index(self.layer, index)
-        try:
-            return self.layer.forward(self.hidden_states, *self.args, **self.kwargs)
-        finally:
-            _set_index(self.layer, before)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -144,12 +128,6 @@ def _index(layer: nn.Module) -> int:
     indices = {vars(part)["layer_idx"] for part in layer.modules() if "layer_idx" in vars(part)}
     index = indices.pop() if len(indices) == 1 else None
     return -1 if index is None else index
-
-
-def _set_index(layer: nn.Module, index: int) -> None:
-    for part in layer.modules():
-        if "layer_idx" in vars(part):
-            vars(part)["layer_idx"] = index
 
 
 def _parts(layer: nn.Module) -> dict[str, Any]:

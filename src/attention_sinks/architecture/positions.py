@@ -187,14 +187,19 @@ def _measure_twins(config: PreTrainedConfig) -> _Measured | Refusal:
 def _measure_smallest(config: PreTrainedConfig, resize: Any, length: int) -> _Measured | Refusal:
     """Measure a twin with one layer of each kind, or, if that does not show what every layer does, with all layers."""
     twin = build_twin(config, resize)
-    try:
-        measured = _measure_twin(twin, length)
-        if not twin.left_out.differ:
-            return measured
-    except Exception:
-        if not twin.left_out.layers:
-            raise
-    return _measure_twin(build_twin(config, resize, every_layer=True), length)
+    if twin.left_out.layers:
+        with contextlib.suppress(Exception):  # of a model that does not run without some of its layers
+            twin.copied().compare_layers(_positions(length))
+            measured = None if twin.left_out.differ else _measure_twin(twin, length)
+            if isinstance(measured, _Measured) and not twin.left_out.differ:
+                return measured
+        twin = build_twin(config, resize, every_layer=True)
+    return _measure_twin(twin, length)
+
+
+def _positions(length: int) -> list[int]:
+    """Return a few positions below `length`."""
+    return sorted({0, min(1, length - 1), length // 2, length - 1})
 
 
 def _lengths(config: PreTrainedConfig) -> list[int]:
@@ -219,8 +224,7 @@ def _explain_failure(config: PreTrainedConfig, error: str) -> Refusal:
 
 def _measure_twin(twin: Twin, length: int) -> _Measured | Refusal:
     """Measure a twin at positions below `length` and, if it is supported there, beyond."""
-    positions = sorted({0, min(1, length - 1), length // 2, length - 1})
-    twin.compare_layers(positions)
+    positions = _positions(length)
     # Read first: a forward pass may replace frequencies that depend on the length.
     frequencies = _frequencies(twin.model)
     start = _Behavior(twin.logits_at(0), twin.states_at(positions))

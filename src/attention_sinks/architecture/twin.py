@@ -10,7 +10,6 @@ import importlib
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
@@ -172,38 +171,26 @@ def build_twin(
     """
     config = resize(shrink(config))
     model_class = find_model_class(config)
-
-    def build() -> PreTrainedModel:
+    # Weights that learn are drawn below: those of a layer that is left out are never written, and take no memory.
+    with OwnRandomness(draws_weights=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
-        return model
-
     left_out = LeftOut()
-    if every_layer:
-        with OwnRandomness(), torch.device("meta"):
-            _check_size(build())
-    # The weights of a layer that is left out are never written, and so take no memory.
-    with OwnRandomness(draws_weights=every_layer) as randomness:
-        model = build()
     if not every_layer:
         left_out.leave_out_of(model)
-        _check_size(model)
-    generator = randomness.generator(torch.device("cpu"))
-    for weight in model.parameters():
-        if not weight.requires_grad and id(weight) not in randomness.undrawn:  # a table of fixed sines and cosines
-            continue
-        # Vectors too, among them the weights of norms. A norm after the rotation commutes with it only if all its
-        # weights are equal: that is so in a fresh model, but not in a trained one.
-        if weight.ndim == 1:
-            weight.uniform_(0.5, 1.5, generator=generator)
-        else:
-            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
-    return Twin(model.eval(), left_out)
-
-
-def _check_size(model: PreTrainedModel) -> None:
     num_weights = sum(weight.numel() for weight in model.parameters())
     if num_weights > MAX_TWIN_WEIGHTS:
         raise ValueError(f"the twin would have {num_weights / 1e6:,.0f} million weights")
+    with OwnRandomness():
+        for weight in model.parameters():
+            if not weight.requires_grad:  # a table of fixed sines and cosines
+                continue
+            # Vectors too, among them the weights of norms. A norm after the rotation commutes with it only if all its
+            # weights are equal: that is so in a fresh model, but not in a trained one.
+            if weight.ndim == 1:
+                weight.uniform_(0.5, 1.5)
+            else:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+    return Twin(model.eval(), left_out)
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -216,9 +203,7 @@ def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    name = type(config).__module__.replace(".configuration_", ".modeling_")
-    # An import would wait if another thread is in the middle of it, which may be the one that waits for this thread.
-    module = sys.modules.get(name) or importlib.import_module(name)
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     classes = [
         each
         for each in vars(module).values()
@@ -242,7 +227,7 @@ class OwnRandomness(TorchFunctionMode):
     It is local to a thread. Each context draws the same numbers.
 
     Args:
-        draws_weights: False to leave weights that learn as they are allocated; `undrawn` then holds their ids.
+        draws_weights: False to leave weights that learn as they are allocated.
     """
 
     # By name: transformers replaces functions of `torch.nn.init` by its own.
@@ -260,7 +245,6 @@ class OwnRandomness(TorchFunctionMode):
 
     def __init__(self, draws_weights: bool = True) -> None:
         super().__init__()
-        self.undrawn: set[int] = set()
         self._draws_weights = draws_weights
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -269,8 +253,7 @@ class OwnRandomness(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in self._DRAWS and not self._draws_weights:
             weight = args[0] if args else kwargs.get("tensor")
-            if isinstance(weight, nn.Parameter):
-                self.undrawn.add(id(weight))
+            if isinstance(weight, nn.Parameter) and weight.requires_grad:
                 return weight
         if (name in self._DRAWS or name in self._FILLS) and kwargs.get("generator") is None:
             kwargs.pop("generator", None)
@@ -286,10 +269,8 @@ class OwnRandomness(TorchFunctionMode):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         # Without a tensor or `device`, functions like `torch.normal` draw on the CPU even if the default is "meta".
         device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
-        return None if device.type == "meta" else self.generator(device)
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return the generator for a device."""
+        if device.type == "meta":
+            return None
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(0)
         return self._generators[device]
