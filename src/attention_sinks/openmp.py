@@ -34,7 +34,11 @@ def on_one_cpu(function: Callable[[], T]) -> T:
         return function()
 
     with ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(call).result()
+        try:
+            future = executor.submit(call)
+        except RuntimeError:  # the program ends, and no thread can start
+            return function()
+        return future.result()
 
 
 @functools.cache

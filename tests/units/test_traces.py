@@ -12,20 +12,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, DiffLlamaConfig, PreTrainedConfig
+from torch._subclasses import FakeTensorMode
+from transformers import CONFIG_MAPPING, DiffLlamaConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from attention_sinks import SinkCache
 
-from ..support.inside import forget_measurements, gnu_openmp
+from ..support.inside import forget_measurements, gnu_openmp, sink_layers
 from ..support.programs import ENVIRONMENT, ROOT
 from ..support.versions import HAS_LATER_MODELS
 
-REGISTERED = sorted({
-    model_type
-    for registry in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-    for model_type in getattr(modeling_auto, f"MODEL_FOR_{registry}_MAPPING_NAMES", ())
-})  # fmt: skip
 # Their models draw random numbers by other functions than most.
 BY_NAME: dict[str, Any] = {"diffllama": DiffLlamaConfig(num_hidden_layers=2)}
 if HAS_LATER_MODELS:
@@ -43,31 +39,56 @@ def generators() -> list[Any]:
     return states
 
 
-def check_generators(config: PreTrainedConfig) -> None:
-    """Construct a cache, also where another device is the default, and check that no generator was used."""
+def draws(config: PreTrainedConfig) -> bool:
+    """Return True if the first cache of a config uses a global generator, where another device is the default."""
     before = generators()
-    for device in ("cpu", torch.accelerator.current_accelerator(check_available=True) or "meta"):
-        forget_measurements()
-        with torch.device(device), contextlib.suppress(NotImplementedError, ValueError):
-            SinkCache(config, 8)
-    assert generators() == before
+    forget_measurements()
+    device = torch.accelerator.current_accelerator(check_available=True) or "meta"
+    with torch.device(device), contextlib.suppress(NotImplementedError, ValueError):
+        SinkCache(config, 8)
+    return generators() != before
 
 
 @pytest.mark.parametrize("config", BY_NAME.values(), ids=BY_NAME)
 def test_the_first_cache_of_a_config_draws_from_no_global_generator(config: PreTrainedConfig) -> None:
-    check_generators(config)
+    assert not draws(config)
+
+
+def text_configs() -> dict[type[PreTrainedConfig], PreTrainedConfig]:
+    """A config of each class that describes the text model of a registered type, with few layers if it can have few."""
+    configs: dict[type[PreTrainedConfig], PreTrainedConfig] = {}
+    for registry in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        for model_type in getattr(modeling_auto, f"MODEL_FOR_{registry}_MAPPING_NAMES", ()):
+            with contextlib.suppress(Exception):  # there is none by default
+                config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+                configs.setdefault(type(config), config)
+    for config_class in configs:
+        with contextlib.suppress(Exception):  # as many layers as other settings say
+            configs[config_class] = config_class(num_hidden_layers=4)
+    return configs
 
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # of the code of models
-@pytest.mark.parametrize("model_type", REGISTERED)
-def test_no_model_type_draws_from_a_global_generator(model_type: str) -> None:
-    config_class: Any = CONFIG_MAPPING[model_type]
-    try:
-        config = config_class(num_hidden_layers=4)
-    except Exception:  # as many layers as other settings say
-        config = config_class()
-    check_generators(config)
+def test_no_model_type_draws_from_a_global_generator() -> None:
+    assert [config.model_type for config in text_configs().values() if draws(config)] == []
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode], ids=str)
+def test_a_first_cache_measures_the_same_in_whatever_mode_the_caller_is(mode: Any) -> None:
+    config = LlamaConfig(num_hidden_layers=2)
+
+    def rotation() -> Any:
+        forget_measurements()
+        (rotation,) = {each.rotation for each in sink_layers(SinkCache(config, 8))}
+        return rotation
+
+    expected = rotation()
+    with mode():
+        measured = rotation()
+    assert type(measured.inv_freq) is torch.Tensor
+    assert torch.equal(measured.inv_freq, expected.inv_freq)
+    assert not measured.inv_freq.is_inference()
 
 
 # Counts the threads of the process while caches are constructed: of OpenMP there are none before its first use.

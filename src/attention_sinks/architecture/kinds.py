@@ -69,8 +69,7 @@ class LeftOut:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.differ |= first in self._calls  # a layer that runs twice has two places in the cache
             call = _Call(*_split(args, kwargs), output)
-            (after,) = output if isinstance(output, tuple) else (output,)
-            self.differ |= after.shape != call.hidden_states.shape
+            self.differ |= (output[0] if isinstance(output, tuple) else output).shape != call.hidden_states.shape
             self._calls[first] = call
 
         return record
@@ -85,7 +84,7 @@ class LeftOut:
             self.stand_ins[index] = index_of_first
             if self._compares_results:
                 self.differ |= not _same(compute(call.hidden_states, *call.args, **call.kwargs), call.output)
-            return (hidden_states,) if isinstance(call.output, tuple) else hidden_states
+            return (hidden_states, *call.output[1:]) if isinstance(call.output, tuple) else hidden_states
 
         return forward
 

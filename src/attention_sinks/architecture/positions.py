@@ -185,21 +185,21 @@ def _measure_twins(config: PreTrainedConfig) -> _Measured | Refusal:
 
 
 def _measure_smallest(config: PreTrainedConfig, resize: Any, length: int) -> _Measured | Refusal:
-    """Measure a twin with one layer of each kind, or, if that does not show what every layer does, with all layers."""
+    """Measure a twin with one layer of each kind, or one with all layers if that leaves a doubt."""
     twin = build_twin(config, resize)
     if twin.left_out.layers:
-        with contextlib.suppress(Exception):  # of a model that does not run without some of its layers
-            twin.copied().compare_layers(_positions(length))
-            measured = None if twin.left_out.differ else _measure_twin(twin, length)
-            if isinstance(measured, _Measured) and not twin.left_out.differ:
+        with contextlib.suppress(Exception):  # the code of a model may not run without some of its layers
+            twin.copied().compare_layers([0, length // 2, length - 1])
+            measured = _measure_twin(twin, length)
+            if _is_plain(measured) and not twin.left_out.differ:
                 return measured
         twin = build_twin(config, resize, every_layer=True)
     return _measure_twin(twin, length)
 
 
-def _positions(length: int) -> list[int]:
-    """Return a few positions below `length`."""
-    return sorted({0, min(1, length - 1), length // 2, length - 1})
+def _is_plain(measured: _Measured | Refusal) -> bool:
+    """Return True if nothing was found that is judged by its size, which more layers would show better."""
+    return isinstance(measured, _Measured) and _explains_all_layers(measured) and not measured.needs_temporal_order
 
 
 def _lengths(config: PreTrainedConfig) -> list[int]:
@@ -224,7 +224,7 @@ def _explain_failure(config: PreTrainedConfig, error: str) -> Refusal:
 
 def _measure_twin(twin: Twin, length: int) -> _Measured | Refusal:
     """Measure a twin at positions below `length` and, if it is supported there, beyond."""
-    positions = _positions(length)
+    positions = sorted({0, min(1, length - 1), length // 2, length - 1})
     # Read first: a forward pass may replace frequencies that depend on the length.
     frequencies = _frequencies(twin.model)
     start = _Behavior(twin.logits_at(0), twin.states_at(positions))
@@ -269,7 +269,7 @@ class _Probe:
         self.positions = positions
         self.start = start
         noise = NOISE_MARGIN * _rounding_noise(twin, start.logits)
-        self.tolerance = min(max(LOGITS_TOLERANCE, noise), MAX_LOGITS_TOLERANCE)
+        self.tolerance = min(max(LOGITS_TOLERANCE * twin.strictness, noise), MAX_LOGITS_TOLERANCE)
 
     def behavior_at(self, position: int) -> _Behavior:
         """Return what the twin does at `position`, after single tokens up to there, with an empty cache."""
@@ -338,7 +338,7 @@ def _rounding_noise(twin: Twin, logits: Tensor) -> float:
 
 
 def _needs_temporal_order(twin: Twin, logits: Tensor) -> bool:
-    if not _same(twin.logits_at(0, reverse=True), logits, ORDER_TOLERANCE):
+    if not _same(twin.logits_at(0, reverse=True), logits, ORDER_TOLERANCE * twin.strictness):
         return True
     # An indexer that keeps positions pools the keys of neighbours.
     return any(getattr(layer, "indexer_position_ids", None) is not None for layer in twin.run_at([0]).layers)
