@@ -21,6 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from ..support.inside import LeftOut, derive_positions, shown_by_twin
 
 NUM_LAYERS = 4
+# How much attention prefers each key to the one in the slot before.
+SLOPE = 1e-5
 
 
 class Layer(nn.Module):
@@ -40,8 +42,10 @@ class Layer(nn.Module):
 
 
 class InTuple(Layer):
+    more: tuple[Any, ...] = ()
+
     def forward(self, hidden_states: Tensor, cache: Any, shift: Any = 0) -> Any:
-        return (super().forward(hidden_states, cache, shift),)
+        return (super().forward(hidden_states, cache, shift), *self.more)
 
 
 class ByIndex(Layer):
@@ -105,6 +109,7 @@ def run(model: Any, compare_results: bool = True) -> LeftOut:
 ALIKE: dict[str, tuple[Callable[[], Model], dict[int, int]]] = {
     "one kind": (lambda: Model(layers_of()), {1: 0, 2: 0, 3: 0}),
     "in a tuple": (lambda: Model(layers_of(InTuple)), {1: 0, 2: 0, 3: 0}),
+    "in a tuple with more": (lambda: Model(layers_of(InTuple, more=[(1, torch.ones(2))] * 4)), {1: 0, 2: 0, 3: 0}),
     "equal tensors as arguments": (
         lambda: Model(layers_of(), shifts=[torch.ones(3) for _ in range(NUM_LAYERS)]), {1: 0, 2: 0, 3: 0}),
     "two kinds": (lambda: Model(layers_of(sliding=[True, False, True, False])), {2: 0, 3: 1}),
@@ -179,6 +184,30 @@ class ByIndexModel(LlamaForCausalLM):
 def test_a_model_whose_layers_decide_by_their_index_is_measured_layer_by_layer() -> None:
     rotations = derive_positions(ByIndexConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=4), range(4))
     assert [rotation is None for rotation in rotations.rotations.values()] == [False, True, False, True]
+
+
+class ByOrderConfig(LlamaConfig):
+    model_type = "attends by order"
+
+
+class ByOrderAttention(LlamaAttention):
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        attention_mask = attention_mask + SLOPE * torch.arange(attention_mask.shape[-1])
+        return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+
+class ByOrderModel(LlamaForCausalLM):
+    config_class = ByOrderConfig
+
+    def __init__(self, config: ByOrderConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.__class__ = ByOrderAttention
+
+
+def test_what_is_too_little_to_see_in_one_layer_is_seen_in_all() -> None:
+    config = ByOrderConfig(num_hidden_layers=12, hidden_size=64, num_attention_heads=4)
+    assert derive_positions(config, range(12)).needs_temporal_order
 
 
 # Layers of several kinds, in an order that tells a wrong stand-in apart.

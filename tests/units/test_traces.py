@@ -62,6 +62,7 @@ def text_configs() -> dict[type[PreTrainedConfig], PreTrainedConfig]:
             with contextlib.suppress(Exception):  # there is none by default
                 config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
                 configs.setdefault(type(config), config)
+    config_class: Any
     for config_class in configs:
         with contextlib.suppress(Exception):  # as many layers as other settings say
             configs[config_class] = config_class(num_hidden_layers=4)

@@ -21,6 +21,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     ReformerConfig,
+    RoFormerConfig,
     RwkvConfig,
     XLNetConfig,
 )
@@ -142,6 +143,13 @@ def test_weights_that_learn_can_be_left_undrawn() -> None:
     assert torch.equal(learns, torch.ones(3))
     assert not torch.equal(fixed, torch.ones(3))
     assert not torch.equal(table, torch.ones(3))
+
+
+def test_a_table_of_fixed_weights_is_that_of_the_model() -> None:
+    model: Any = smallest_twin(RoFormerConfig(num_hidden_layers=2, is_decoder=True)).model
+    sines, cosines = model.roformer.encoder.embed_positions.weight[0].chunk(2)
+    assert torch.equal(sines, torch.zeros_like(sines))
+    assert torch.equal(cosines, torch.ones_like(cosines))
 
 
 def test_a_generator_that_is_given_is_used() -> None:

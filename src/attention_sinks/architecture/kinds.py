@@ -81,7 +81,7 @@ class LeftOut:
             call = self._calls[first]
             hidden_states, *others = _split(args, kwargs)
             self.differ |= not _same(others, [call.args, call.kwargs])
-            self.stand_ins[index] = index_of_first
+            self.differ |= self.stand_ins.setdefault(index, index_of_first) != index_of_first
             if self._compares_results:
                 self.differ |= not _same(compute(call.hidden_states, *call.args, **call.kwargs), call.output)
             return (hidden_states, *call.output[1:]) if isinstance(call.output, tuple) else hidden_states
