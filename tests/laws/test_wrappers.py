@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed
@@ -19,8 +20,6 @@ from attention_sinks import SinkCache, sink_generate, sink_prefill
 
 from ..support.models import SIZES, build_config, build_model, random_ids
 from ..support.streams import NEW_STREAM, OPTIONS, S, W, prefilled
-
-peft = pytest.importorskip("peft")
 
 
 class Runs:
@@ -49,7 +48,7 @@ def with_lora(model: Any, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
     yield
     torch.distributed.destroy_process_group()
@@ -147,7 +146,7 @@ def test_nothing_is_set_on_a_model_at_any_time(error: BaseException | None) -> N
     assert set(vars(model)) == before
 
 
-LEARNED = {
+LEARNED: dict[str, Callable[[], Any]] = {
     "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "P_TUNING": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
@@ -183,16 +182,18 @@ def test_an_unknown_wrapper_is_refused_with_what_it_wraps() -> None:
             super().__init__()
             self.pretrained_model = tiny()
 
-    for call in (sink_generate, lambda *args, **_: sink_prefill(*args, SinkCache(build_config("llama")))):
-        with pytest.raises(TypeError, match=r"got WithHead. Pass `model.pretrained_model`, which it wraps"):
-            call(WithHead(), random_ids(3), max_new_tokens=2)  # type: ignore[arg-type]
+    model: Any = WithHead()
+    with pytest.raises(TypeError, match=r"got WithHead. Pass `model.pretrained_model`, which it wraps"):
+        sink_generate(model, random_ids(3), max_new_tokens=2)
+    with pytest.raises(TypeError, match=r"got WithHead. Pass `model.pretrained_model`, which it wraps"):
+        sink_prefill(model, random_ids(3), SinkCache(build_config("llama")))
 
 
 def test_the_generate_of_the_class_is_called() -> None:
     """A repository with `custom_generate` sets another one on the model, which may call `sink_generate`."""
     model, ids = tiny(), random_ids(10)
     expected: Any = sink_generate(model, ids, max_new_tokens=30, **NEW_STREAM)
-    model.generate = lambda *args, **kwargs: sink_generate(model, *args, max_new_tokens=30, **NEW_STREAM, **kwargs)
+    model.generate = functools.partial(sink_generate, model, max_new_tokens=30, **NEW_STREAM)
     assert torch.equal(model.generate(ids).sequences, expected.sequences)
 
 
@@ -224,15 +225,17 @@ def test_a_model_whose_generate_calls_that_of_a_model_inside() -> None:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["pixel_values"] = torch.randn(1, 3, 8, 8)
     cache = SinkCache(config, W, S)
-    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(**inputs, past_key_values=cache, **options)
-    assert torch.equal(sink_generate(model, **inputs, window_length=W, **options), expected)
+    output: Any = sink_generate(model, **inputs, window_length=W, **options)
+    assert torch.equal(output, expected)
 
 
 def test_passes_for_other_processes_leave_the_cache_alone(monkeypatch: pytest.MonkeyPatch, process_group: None) -> None:
     """With `synced_gpus` a process whose text has ended runs the model until those of all others have."""
     model, ids = tiny(), random_ids(10)
-    cache, options = SinkCache(model.config, W, S), {"max_new_tokens": 20, "synced_gpus": True}
+    cache = SinkCache(model.config, W, S)
+    options: dict[str, Any] = {"max_new_tokens": 20, "synced_gpus": True}
     expected: Any = sink_generate(model, ids, cache=cache, **options, **OPTIONS)
     seen, rest = cache.get_seq_length(), iter([True] * 3)
     unfinished = type(model)._has_unfinished_sequences
