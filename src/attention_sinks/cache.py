@@ -144,11 +144,6 @@ class SinkCache(StreamCache):
         return self._spec.positions.limit
 
     @property
-    def has_position_limit(self) -> bool:
-        """True if the positions of the model end, or change their meaning, before float32 does."""
-        return self.position_limit < LAST_POSITION
-
-    @property
     def can_rebase(self) -> bool:
         """True if positions can be rebased: the model reads them from `position_ids`, and all attention keeps sinks."""
         return self._spec.can_rebase

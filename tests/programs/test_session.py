@@ -157,16 +157,13 @@ def offloaded(model: Any) -> Any:
     return pytest.importorskip("accelerate").cpu_offload(copy.deepcopy(model), execution_device="cpu")
 
 
-OF_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
 OF_OFFLOADING = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # early transformers 5
 
 
 @pytest.mark.parametrize(
     "wrap",
     [
-        pytest.param(adapted, marks=OF_PEFT),
+        adapted,
         pytest.param(offloaded, marks=OF_OFFLOADING),
         torch.nn.DataParallel,
     ],
@@ -205,7 +202,6 @@ def test_a_session_with_a_compiled_model_is_that_of_the_model_and_changes_neithe
     pickle.dumps(plain)
 
 
-@OF_PEFT
 def test_a_model_with_a_learned_prompt_is_refused() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model: Any = peft.get_peft_model(chat_model(), config)

@@ -160,6 +160,15 @@ def refuse_empty(seen: int) -> NoReturn:
     )
 
 
+def refuse_unstored(plan: UpdatePlan) -> NoReturn:
+    """Say that a model left a pass undone: a single token follows, and no layer has stored those of the pass."""
+    raise RuntimeError(
+        f"The last forward pass stored none of its {plan.query_length} tokens, the cache has seen {plan.start}. Layers "
+        "drop the cache if they checkpoint activations in training mode: call `model.eval()`, or "
+        "`model.gradient_checkpointing_disable()`. If the pass was interrupted, call the model again."
+    )
+
+
 def check_replacement(name: str, slots: Tensor, new: Tensor, sinks_of: Callable[[Tensor], Tensor] | None) -> None:
     """Check what a caller puts in the place of the slots of a layer: a copy of them, elsewhere or in another dtype.
 
