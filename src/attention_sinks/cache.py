@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from . import files
-from .architecture.positions import LAST_POSITION
 from .architecture.settings import check_config
 from .architecture.spec import cache_spec, check_arguments
 from .compat import PassWatch
