@@ -14,7 +14,7 @@ from .checks import (
     COARSE_POSITION,
     check_batch,
     check_limit,
-    check_no_pads,
+    check_new_tokens,
     check_not_exported,
     check_rebased,
     check_states,
@@ -232,7 +232,7 @@ class Stream:
                 arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
                 plan = self._plan = self._new_plan(self.first, 0, *arguments)
             if may_be_pads:
-                check_no_pads(self.layout.positions, plan.start, key_states, value_states)
+                check_new_tokens(layer, self.layout.positions, plan.start, key_states, value_states)
         except ValueError as error:
             # Layers before this one, or a convolution beside it, took the tokens already.
             if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
@@ -322,8 +322,7 @@ class Stream:
     @property
     def expects_static_step(self) -> bool:
         """True if the next single token gets all slots."""
-        is_known = self.first.is_initialized
-        return self._is_static_step(self.first) if is_known else self.policy.expects_static(None)
+        return self._is_static_step(self.first) if self.first.is_initialized else self.policy.expects_static(None)
 
     # --- a pass is whole, or the next call says so
 
