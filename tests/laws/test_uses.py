@@ -176,7 +176,7 @@ def compiled(model: Any) -> Any:
 
 def replaced(cache: SinkCache) -> SinkCache:
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # type: ignore[union-attr]
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     return cache
 
 
