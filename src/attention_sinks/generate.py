@@ -86,7 +86,7 @@ def sink_generate(
     if ids is not None and not is_started:
         attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(inner.config, window_length, num_sink_tokens)
+        cache = SinkCache(inner.config.get_text_config(decoder=True), window_length, num_sink_tokens)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)

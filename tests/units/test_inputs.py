@@ -116,6 +116,25 @@ def test_an_argument_that_chunks_cannot_get_is_refused(name: str, value: Any) ->
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pixel_values", torch.zeros(1, 3, 8, 8)),
+        ("image_patches", [torch.zeros(4, 12)]),
+        ("image_embeds", torch.zeros(3, 64)),
+        ("input_values", torch.zeros(1, 900)),
+        ("mm_encoder_outputs", {"last_hidden_state": torch.zeros(2, 3, 64)}),
+        ("mm_token_type_ids", torch.ones(1, 3)),
+    ],
+)
+def test_what_is_no_text_is_refused_in_chunks_by_whatever_name(name: str, value: Any) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    cache = SinkCache(model.config, W, S)
+    with pytest.raises(NotImplementedError, match=f"`{name}` is not supported with a prompt that is read in chunks"):
+        sink_prefill(model, IDS, cache, 7, **{name: value})
+    assert cache.get_seq_length() == 0
+
+
 def test_an_argument_that_changes_nothing_is_taken() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     expected = prefilled(model, IDS, SinkCache(model.config, W, S), 7)
