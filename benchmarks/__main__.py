@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from . import construct, page, sections
-from .measure import LLAMA3_8B, SMOLLM2_135M, TINY, Setting
+from .measure import ALL_ROTATED, LLAMA3_8B, QWEN2_5_VL_3B, SMOLLM2_135M, TINY, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +29,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
         return {
             "update": lambda: sections.update_cost(tiny),
             "decode": lambda: sections.decode(tiny),
+            "video": lambda: sections.decode(tiny, ALL_ROTATED),
             "compiled": lambda: sections.compiled(tiny, None),
             "prefill": lambda: sections.prefill(tiny, (8,), None),
             "session": lambda: sections.session_cost(tiny, 8),
@@ -41,6 +42,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
     chosen: dict[str, Callable[[], sections.Rows]] = {
         "update": lambda: sections.update_cost(update) + sections.predecessor_updates(update, environments),
         "decode": lambda: sections.decode(decode),
+        "video": lambda: sections.decode(Setting(QWEN2_5_VL_3B, (1024, 4096, 16384), rounds=40), ALL_ROTATED, 4),
         "compiled": lambda: sections.compiled(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=25), 6),
         "prefill": lambda: (
             sections.prefill(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=12), (16, 64, 256), 6)

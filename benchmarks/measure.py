@@ -24,12 +24,18 @@ LLAMA3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
+# Its text model.
+QWEN2_5_VL_3B = {
+    "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "vocab_size": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 256,
 }  # fmt: skip
 
 
+ALL_ROTATED = "all keys rotated in each step"
 CPU = torch.device("cpu")
 
 
@@ -88,6 +94,23 @@ class _FloorLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+class _RotatingLayer(_FloorLayer):
+    """A full cache layer that rotates all its keys anew in each step, by the angles of their places in the cache."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__(states)
+        angles = torch.arange(states.shape[2])[:, None] * 1e4 ** -torch.linspace(0, 1, states.shape[3] // 2)
+        self.cos, self.sin = (each.to(states).repeat(1, 2) for each in (angles.cos(), angles.sin()))
+        self.slot = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.seen += 1
+        self.slot = (self.slot + 1) % self.keys.shape[2]
+        self.keys[:, :, self.slot], self.values[:, :, self.slot] = key_states[:, :, 0], value_states[:, :, 0]
+        first, second = self.keys.chunk(2, dim=-1)
+        return self.keys * self.cos + torch.cat([-second, first], dim=-1) * self.sin, self.values
+
+
 def random_states(config: PreTrainedConfig, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     head_dim = config.hidden_size // config.num_attention_heads
     return torch.randn(1, config.num_key_value_heads, length, head_dim, device=device, dtype=dtype)
@@ -102,11 +125,12 @@ def fill(cache: Cache, config: PreTrainedConfig, length: int, device: torch.devi
 
 
 def full_cache(name: str, model: Any, window_length: int) -> Any:
-    """Return a full cache for a model; `name` is its class, or `"floor"`."""
+    """Return a full cache for a model; `name` is its class, `"floor"`, or `ALL_ROTATED`."""
     config, device, dtype = model.config, model.device, model.dtype
-    if name == "floor":
+    if name in ("floor", ALL_ROTATED):
+        layer_class = _FloorLayer if name == "floor" else _RotatingLayer
         states = [random_states(config, window_length, device, dtype) for _ in range(config.num_hidden_layers)]
-        return Cache(layers=[_FloorLayer(layer_states) for layer_states in states])
+        return Cache(layers=[layer_class(layer_states) for layer_states in states])
     cache: Any
     if name == "StaticCache":
         # One slot stays free. Every decode step writes to it.

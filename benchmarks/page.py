@@ -14,7 +14,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 SECTIONS = [
-    "update", "decode", "compiled", "prefill", "session", "stream", "memory", "construct",
+    "update", "decode", "video", "compiled", "prefill", "session", "stream", "memory", "construct",
     "gpu_update", "gpu_decode", "gpu_compiled", "gpu_prefill",
 ]  # fmt: skip
 # Memory bandwidth in bytes per second, from the data sheet.
@@ -76,6 +76,14 @@ def decode(measured: dict[str, Any], folder: Path) -> str:
             line += [str(row["kernels"]), "yes" if row["waits"] else "no", "" if share is None else f"{share:.0%}"]
         lines.append(line)
     return f"One decode step with a full window, in eager mode: {shape_of(measured)}.\n\n" + table(header, lines)
+
+
+def video(measured: dict[str, Any], folder: Path) -> str:
+    return decode(measured, folder) + (
+        "\n\nAttention sinks for video were shown with all kept keys of every layer rotated anew in each step "
+        "(StreamingVLM, arXiv 2510.09608). The layer that does it here knows all angles beforehand, and writes a new "
+        "token over the oldest one in place, as `SinkCache` does."
+    )
 
 
 def compiled(measured: dict[str, Any], folder: Path) -> str:
@@ -179,6 +187,7 @@ def construct(measured: dict[str, Any], folder: Path) -> str:
 TITLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "update": ("Cache update", update),
     "decode": ("Decode step", decode),
+    "video": ("Against rotating all keys", video),
     "compiled": ("Compiled decode step", compiled),
     "prefill": ("Chunked prefill", prefill),
     "session": ("Session", session),
@@ -195,6 +204,8 @@ def dtype_of(measured: dict[str, Any]) -> str:
 def shape_of(measured: dict[str, Any]) -> str:
     if measured["name"].startswith("gpu"):
         return "shape of Llama 3 8B, bfloat16"
+    if measured["name"] == "video":
+        return "shape of the text model of Qwen2.5-VL-3B, four layers, a vocabulary of 8,192, float32"
     layers = ", six layers" if measured["name"] == "compiled" else ""
     return f"shape of SmolLM2-135M{layers}, float32"
 

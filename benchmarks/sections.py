@@ -83,11 +83,11 @@ def _update(cache: Any, state: Tensor) -> None:
             layer.cumulative_length.fill_(layer.max_cache_len - 1)
 
 
-def decode(setting: Setting) -> Rows:
-    """Time a decode step with a full window, and its ratio to a cache that stores nothing."""
-    model, rows = setting.model(), []
+def decode(setting: Setting, beside: str = "DynamicCache", num_layers: int | None = None) -> Rows:
+    """Time a decode step with a full window, and its ratio to a cache that stores nothing; `beside`: another cache."""
+    model, rows = setting.model(num_layers), []
     for window_length in setting.window_lengths:
-        names = ["floor", "SinkCache", "DynamicCache"]
+        names = ["floor", "SinkCache", beside]
         steps = {name: decode_step(name, model, model, window_length) for name in names}
         times = time_alternately(steps, setting.rounds, setting.device)
         for name in names:

@@ -7,6 +7,7 @@ What this library adds to a cache; what `transformers` calls on one is in `strea
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -15,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from . import files
-from .architecture.positions import LAST_POSITION
-from .architecture.settings import check_config
+from .architecture.settings import check_config, has_grid_positions
 from .architecture.spec import cache_spec, check_arguments
 from .compat import PassWatch
 from .rope import Rotation
@@ -54,6 +54,9 @@ class SinkCache(StreamCache):
         TypeError, ValueError: naming the argument and its value.
         NotImplementedError: naming the model type and the reason, for a model that cannot be supported exactly.
 
+    Warns:
+        UserWarning: if the model gives images positions on a grid (M-RoPE), of which plain `generate` says nothing.
+
     Example:
         >>> cache = SinkCache(model.config, window_length=256, num_sink_tokens=4)
         >>> output_ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=1000)  # or cache=cache
@@ -72,6 +75,13 @@ class SinkCache(StreamCache):
     ) -> None:
         check_arguments(config, window_length, num_sink_tokens, rotation)
         self._spec = cache_spec(config, window_length, num_sink_tokens, rotation)
+        if has_grid_positions(config):
+            warnings.warn(
+                f"Plain `generate` tells a cache nothing of the positions that a {config.model_type!r} model gives to "
+                "images and videos: with these, call `sink_generate` (or `sink_prefill`, `SinkSession`). Text alone is "
+                "exact either way. A cache of `model.config.get_text_config()` is the same without this warning.",
+                stacklevel=2,
+            )
         super().__init__(Stream(self._spec, self._positions_of(attention_mask)))
 
     def _positions_of(self, attention_mask: Tensor | None) -> TokenPositions:
@@ -142,11 +152,6 @@ class SinkCache(StreamCache):
     def position_limit(self) -> int:
         """Number of positions before the model ends or changes its behaviour."""
         return self._spec.positions.limit
-
-    @property
-    def has_position_limit(self) -> bool:
-        """True if the positions of the model end, or change their meaning, before float32 does."""
-        return self.position_limit < LAST_POSITION
 
     @property
     def can_rebase(self) -> bool:
@@ -350,8 +355,8 @@ class SinkCache(StreamCache):
         """Return a cache in the state that another one was in; see `load`."""
         state = checkpoint.checked_state(state)
         if isinstance(config, PreTrainedConfig):  # anything else is refused below
-            demand = "`config` must be that of the model whose stream was saved"
-            check_config(state["config"], config.get_text_config(decoder=True), demand)
+            config = config.get_text_config(decoder=True)
+            check_config(state["config"], config, "`config` must be that of the model whose stream was saved")
         rotations = checkpoint.rotations_from(state["rotations"])
         by_hand = None if state["measured"] else next((each for each in rotations if each is not None), None)
         cache = cls(config, state["window_length"], state["num_sink_tokens"], by_hand)

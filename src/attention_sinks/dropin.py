@@ -59,7 +59,8 @@ def enable_attention_sinks(
             f"`model` must have the `generate` of its class, but it was replaced by {inner.generate!r:.80}. Call "
             "`sink_generate`, or `del model.generate` before."
         )
-    SinkCache(inner.config, window_length, num_sink_tokens)  # refuses what no call could do
+    # Refuses what no call could do.
+    SinkCache(inner.config.get_text_config(decoder=True), window_length, num_sink_tokens)
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     with _lock:
         _enabled[inner] = (*_enabled.get(inner, ()), window)

@@ -86,7 +86,7 @@ def sink_generate(
     if ids is not None and not is_started:
         attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(inner.config, window_length, num_sink_tokens)
+        cache = SinkCache(inner.config.get_text_config(decoder=True), window_length, num_sink_tokens)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)
@@ -302,8 +302,8 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
         cache.make_room(query_length)
         cache.announce(query_length)
         inputs = prepare(*args, **kwargs)
-        if cache.has_position_limit and all(inputs.get(each) is None for each in CACHE_NAMES):
-            # Phi-3 and its kin drop the cache where their frequencies change, which positions here never reach.
+        if all(inputs.get(each) is None for each in CACHE_NAMES):
+            # Phi-3 and its kin drop the cache where frequencies may change, which positions here never reach.
             inputs = GenerationMixin.prepare_inputs_for_generation(generating, *args, **kwargs)
         new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         if num_unread > 0 and new.shape[1] != num_unread:

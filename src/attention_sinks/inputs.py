@@ -1,6 +1,5 @@
 """What `sink_generate` and `sink_prefill` are given, checked before anything is read."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-NOT_TEXT = r"pixel_values|_grid_thw|input_features"
+# Tensors that a text model or `generate` takes. What else holds numbers brings images or sound, by whatever name.
+_OF_TEXT = {
+    "attention_mask", "cache_position", "input_ids", "inputs_embeds", "labels", "logits_to_keep",
+    "negative_prompt_attention_mask", "negative_prompt_ids", "position_ids",
+}  # fmt: skip
 # Arguments of a model that a call sets itself or that have no meaning in it, and what to do instead.
 _LEFT_OUT = {
     "adapter_names": "activate the adapter with `model.set_adapter(name)`, and call once for each",
@@ -139,16 +142,28 @@ def check_model_arguments(arguments: dict[str, Any], input_ids: Tensor) -> None:
 
 
 def not_text(arguments: dict[str, Any]) -> str | None:
-    """Return the name of an argument that brings images or sound, or None."""
-    given = (name for name, value in arguments.items() if value is not None)
-    return next((name for name in given if re.search(NOT_TEXT, name)), None)
+    """Return the name of an argument that brings images or sound, or None.
+
+    Processors give types of tokens (`token_type_ids`, `mm_token_type_ids`) for text too: there all are zero.
+    """
+    return next((name for name, value in arguments.items() if name not in _OF_TEXT and _brings(name, value)), None)
+
+
+def _brings(name: str, value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not name.endswith("token_type_ids") or bool(value.any())
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(_brings(name, each) for each in values)
 
 
 def check_is_text(arguments: dict[str, Any]) -> None:
     """Check that a prompt that is read in chunks is text alone."""
     name = not_text(arguments)
     if name is not None:
-        raise NotImplementedError(f"`{name}` is not supported with a prompt that is read in chunks.")
+        raise NotImplementedError(
+            f"`{name}` is not supported with a prompt that is read in chunks: images and sound are read at once with "
+            "their text. Call `sink_generate` without `prefill_chunk_size`, and read text after them in chunks."
+        )
 
 
 def kind_of(cache: Any) -> str:

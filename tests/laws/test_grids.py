@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from attention_sinks import SinkCache, sink_prefill
+from attention_sinks import Rotation, SinkCache, sink_prefill
 from attention_sinks import sink_generate as generate
 
 from ..support.grids import (
@@ -22,7 +22,7 @@ from ..support.grids import (
     picture,
     prompt,
 )
-from ..support.models import CACHE
+from ..support.models import CACHE, build_config
 from ..support.versions import RECORDS_PAST
 
 W, S = 16, 4
@@ -199,3 +199,15 @@ def test_plain_generate_does_not_continue_a_stream_with_images() -> None:
     with pytest.raises(ValueError, match="sink_generate"):
         model.generate(output.sequences, **{CACHE: cache}, max_new_tokens=3)
     assert cache.get_seq_length() == seen
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("name", GRID_MODELS)
+def test_a_cache_for_plain_generate_warns_of_images(name: str, by_hand: bool) -> None:
+    """The model is told by what it does: `mrope_section` may be left to its default."""
+    config = copy.deepcopy(grid_model(name).config)
+    rotation = Rotation(torch.ones(8)) if by_hand else None
+    with pytest.warns(UserWarning, match="call `sink_generate`"):
+        SinkCache(config, W, S, rotation)
+    SinkCache(config.text_config, W, S, rotation)
+    SinkCache(build_config("llama"), W, S)

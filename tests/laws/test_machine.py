@@ -269,7 +269,8 @@ class Branch:
         offsets = inside.position_offsets(cache)
         expected = stream.offsets() if stream.is_initialized else [0] * len(stream.rows)
         assert offsets * (len(expected) // len(offsets)) == expected
-        for query_length in (1, 3):
+        for query_length in (3, 1):
+            cache.drop_plan()  # a single token after a mask for three would look as if a model had dropped the cache
             if not self.stream.hides_sinks(query_length):
                 self.check_sizes(query_length)
 

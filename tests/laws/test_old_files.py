@@ -33,7 +33,7 @@ def numbers(*shape: int, seed: int) -> Tensor:
 def heads_of(config: PreTrainedConfig, layer: Any) -> tuple[int, int, int]:
     """The number of heads of a layer, and the dimensions of its keys and values."""
     if isinstance(layer, IndexedSinkLayer):
-        return 4, 16, 16
+        return 1, config.kv_lora_rank, config.qk_rope_head_dim
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, dim, dim
 

@@ -14,6 +14,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -147,7 +148,6 @@ def test_a_session_works_with_a_model_whose_positions_cannot_be_rebased() -> Non
 
 
 def adapted(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "k_proj"])
     return peft.get_peft_model(model, config).eval()
@@ -157,16 +157,13 @@ def offloaded(model: Any) -> Any:
     return pytest.importorskip("accelerate").cpu_offload(copy.deepcopy(model), execution_device="cpu")
 
 
-OF_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
 OF_OFFLOADING = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # early transformers 5
 
 
 @pytest.mark.parametrize(
     "wrap",
     [
-        pytest.param(adapted, marks=OF_PEFT),
+        adapted,
         pytest.param(offloaded, marks=OF_OFFLOADING),
         torch.nn.DataParallel,
     ],
@@ -205,12 +202,11 @@ def test_a_session_with_a_compiled_model_is_that_of_the_model_and_changes_neithe
     pickle.dumps(plain)
 
 
-@OF_PEFT
 def test_a_model_with_a_learned_prompt_is_refused() -> None:
-    peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model: Any = peft.get_peft_model(chat_model(), config)
     with pytest.raises(NotImplementedError, match="learned prompt"):
-        SinkSession(peft.get_peft_model(chat_model(), config), byte_tokenizer())
+        SinkSession(model, byte_tokenizer())
 
 
 def test_a_fed_document_is_the_beginning_of_the_next_message(model: Any) -> None:

@@ -24,11 +24,6 @@ def rounded(model: Any) -> Any:
     return model.to(torch.bfloat16)
 
 
-def checkpointing(model: Any) -> Any:
-    model.gradient_checkpointing_enable()
-    return model.train()
-
-
 class Processor:
     """As of a model with images: it has a template, and is called like a tokenizer."""
 

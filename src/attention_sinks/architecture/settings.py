@@ -1,5 +1,6 @@
 """The settings of a config that say whose model a stream belongs to."""
 
+import importlib
 import json
 import re
 from typing import Any
@@ -30,3 +31,17 @@ def check_config(saved: dict[str, Any], config: PreTrainedConfig, demand: str) -
     for name in sorted(saved.keys() & ours.keys()):
         if ours[name] != saved[name] and not re.search(IRRELEVANT_FIELDS, name):
             raise ValueError(f"{demand}: {name} was {saved[name]!r:.80}, got {ours[name]!r:.80}.")
+
+
+def has_grid_positions(config: PreTrainedConfig) -> bool:
+    """Return True if the model of a config gives images positions on a grid (M-RoPE), and not only its text model.
+
+    Asks the classes beside the config whether one finds such positions; what the config says may be left to defaults.
+    """
+    if config.get_text_config(decoder=True) is config:
+        return False
+    try:
+        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:  # a config without a model, or whose model lacks a package
+        return False
+    return any(hasattr(each, "get_rope_index") for each in vars(module).values() if isinstance(each, type))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -131,6 +131,29 @@ def _refuse_pads(token: int, is_first_prompt: bool) -> NoReturn:
     raise ValueError(f"`key_states` {where}, as only padding does. {remedy}")
 
 
+def check_new_tokens(
+    layer: Any, positions: TokenPositions, start: int, key_states: Tensor, value_states: Tensor
+) -> None:
+    """Check that the tokens that a rotating layer takes are new to the stream, and no pads, see `check_no_pads`.
+
+    At another position the states of a token differ. Equal ones were given the first positions again, which `generate`
+    does to a whole text that is no longer than what was seen.
+    """
+    check_no_pads(positions, start, key_states, value_states)
+    if start < 2 or key_states.shape[2] < 2 or getattr(layer, "num_sink_tokens", 0) < 2:
+        return
+    first, states = layer.sinks[:, :, :2], layer.rotating(key_states, value_states)[:, :, :2]
+    # Chunks of other lengths are rounded in other ways.
+    near = torch.isclose(states.to(first.dtype), first, rtol=2 * torch.finfo(states.dtype).eps, atol=1e-6)
+    is_text = (first[:, :, 0] != first[:, :, 1]).flatten(1).any(dim=1)
+    if bool((near.flatten(1).all(dim=1) & is_text).any()):
+        raise ValueError(
+            f"`input_ids` begin like the stream, at its first positions, after {start} tokens were seen: `generate` "
+            "reads a text again that is no longer than what was seen. Give it the whole text, uncut, with a token that "
+            "is new; or new tokens alone, with an `attention_mask` for all that were seen and the new ones."
+        )
+
+
 def num_repeats(num_rows: int, key_states: Tensor, is_compiling: bool) -> int:
     """Return how often each row of a mask with `num_rows` rows is repeated in a batch, for beams and several answers.
 
@@ -157,6 +180,15 @@ def refuse_empty(seen: int) -> NoReturn:
         f"`input_ids` must bring new tokens, got none after {seen}. `generate` takes a text as long as its "
         "`attention_mask` for the whole text, and drops as many tokens as were seen: do not cut it. Or give new tokens "
         "alone, with an `attention_mask` for all that were seen and the new ones."
+    )
+
+
+def refuse_unstored(plan: UpdatePlan) -> NoReturn:
+    """Say that a model left a pass undone: a single token follows, and no layer has stored those of the pass."""
+    raise RuntimeError(
+        f"The last forward pass stored none of its {plan.query_length} tokens, the cache has seen {plan.start}. Layers "
+        "drop the cache if they checkpoint activations in training mode: call `model.eval()`, or "
+        "`model.gradient_checkpointing_disable()`. If the pass was interrupted, call the model again."
     )
 
 

@@ -16,8 +16,6 @@ from .coordinates import Coordinates
 from .layout import Layout, num_recent_in_window
 
 _T = TypeVar("_T")
-# Models ask up to six times per pass for the sizes of a mask.
-MOST_MASKS = 16
 
 
 def num_evicted_after(seen: int, window_length: int, num_evicted: int) -> int:
@@ -74,7 +72,6 @@ class UpdatePlan:
         self.stores_sinks = not layout.has_all_sinks(start)
         self.rotates_sinks = self.evicted > 0
         self._memo: dict[Hashable, Any] = {}
-        self._times_asked = 0
 
     @property
     def end(self) -> int:
@@ -89,29 +86,6 @@ class UpdatePlan:
     def fits(self, start: int, query_length: int) -> bool:
         """Return True if this is the plan for `query_length` new tokens after `start` ones."""
         return (start, query_length) == (self.start, self.query_length)
-
-    def check_stored(self, seen: int, query_length: int) -> None:
-        """Check that the model did not leave this pass undone, when a mask is asked for that may be the next one's.
-
-        It did if no layer has stored a token, and yet a single token follows a longer chunk, or a mask is asked for
-        more often than any model does it in one pass.
-
-        Args:
-            seen: number of tokens that the first layer has seen.
-            query_length: number of tokens that the mask is for.
-
-        Raises:
-            RuntimeError: once, since the pass may have been interrupted before its first layer.
-        """
-        self._times_asked += 1
-        follows = query_length == 1 < self.query_length and self._times_asked > 0
-        if seen == self.start and (follows or self._times_asked > MOST_MASKS):
-            self._times_asked = -MOST_MASKS
-            raise RuntimeError(
-                f"The last forward pass stored no tokens, the cache has seen {seen}. Layers drop the cache if they "
-                "checkpoint activations in training mode: call `model.eval()`, or "
-                "`model.gradient_checkpointing_disable()`. If the pass was interrupted, call the model again."
-            )
 
     def once(self, key: Hashable, function: Callable[..., _T], *arguments: Any) -> _T:
         """Return `function(*arguments)`, computed once per pass for each key."""

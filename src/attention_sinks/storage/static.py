@@ -49,9 +49,6 @@ class StaticPlan:
         """Note that a step was announced."""
         self.steps_announced += 1
 
-    def check_stored(self, seen: int, query_length: int) -> None:
-        """Check nothing: whether a compiled step took place is not known without waiting for the device."""
-
     def offset_after(self, seen: Any) -> Any:
         """Return the position of the first slot as a mask counts it, after `seen` tokens, an int or a tensor."""
         offset = seen + 1 - self.layout.window_length

@@ -14,7 +14,7 @@ from .checks import (
     COARSE_POSITION,
     check_batch,
     check_limit,
-    check_no_pads,
+    check_new_tokens,
     check_not_exported,
     check_rebased,
     check_states,
@@ -22,6 +22,7 @@ from .checks import (
     layer_of_another_model,
     num_repeats,
     refuse_empty,
+    refuse_unstored,
     warn_of_coarse_positions,
 )
 from .coordinates import Coordinates, coordinates_after
@@ -107,8 +108,7 @@ class Stream:
             layer: the layer that asks.
             query_length: number of new tokens.
             announcing: True if the mask is made now, for this plan.
-            rebased: True if the caller gives the model positions as the cache counts them.
-            positions: see `announce`.
+            rebased, positions: True if the caller gives the model positions as the cache counts them; see `announce`.
 
         Raises:
             ValueError, RuntimeError: see `SinkCache.update` and `SinkCache.get_mask_sizes`.
@@ -125,9 +125,10 @@ class Stream:
             return self._static
         self.sync()
         seen = layer.known_length
-        if announcing and plan and not compiling:
-            plan.check_stored(self.first.known_length, query_length)
         if plan is None or isinstance(plan, StaticPlan) or not plan.fits(seen, query_length):
+            if announcing and query_length == 1 and isinstance(plan, UpdatePlan) and plan.start == seen:
+                self._plan = None  # if the pass was interrupted before its first layer, the next one is right
+                refuse_unstored(plan)
             # A step that was announced in the static form, and is not compiled after all, keeps to that form.
             all_slots = isinstance(plan, StaticPlan) and query_length == 1 and layer.takes_static_steps
             rebased = rebased or all_slots
@@ -231,7 +232,7 @@ class Stream:
                 arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
                 plan = self._plan = self._new_plan(self.first, 0, *arguments)
             if may_be_pads:
-                check_no_pads(self.layout.positions, plan.start, key_states, value_states)
+                check_new_tokens(layer, self.layout.positions, plan.start, key_states, value_states)
         except ValueError as error:
             # Layers before this one, or a convolution beside it, took the tokens already.
             if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
@@ -321,8 +322,7 @@ class Stream:
     @property
     def expects_static_step(self) -> bool:
         """True if the next single token gets all slots."""
-        is_known = self.first.is_initialized
-        return self._is_static_step(self.first) if is_known else self.policy.expects_static(None)
+        return self._is_static_step(self.first) if self.first.is_initialized else self.policy.expects_static(None)
 
     # --- a pass is whole, or the next call says so
 
@@ -355,15 +355,13 @@ class Stream:
     def positions_left(self, seen: int | None = None) -> int:
         """Return how many tokens can follow the `seen` ones, see `SinkCache.positions_left`."""
         if seen is None:
-            # +1: a compiled step may have been announced but not yet run.
-            steps = self._static.steps_announced + 1
+            steps = self._static.steps_announced + 1  # one may have been announced but not yet run
             seen = self.first.seen + steps if self.groups.is_stale else self.first.get_seq_length()
         if self.coordinates is not None:
             return self.spec.positions.limit - int(self.coordinates.text(1).max())
-        positions = self.layout.positions
         # The row with the fewest pads is the furthest.
-        least = positions.min_padding
-        return self.spec.positions.limit - (seen - least - max(positions.offset - least, 0))
+        offset, least = self.layout.positions.offset, self.layout.positions.min_padding
+        return self.spec.positions.limit - (seen - least - max(offset - least, 0))
 
     def check_limit(self, seen: int, query_length: int) -> None:
         """Check that `query_length` tokens can follow the `seen` ones."""
