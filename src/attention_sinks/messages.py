@@ -37,6 +37,7 @@ class Message:
         ids: its tokens.
         num_before: how many of them the template writes before what the user says.
         at_once: those that are read in one pass, since images stand among them.
+        placeholders: the ids whose place images take.
         features: what the model is given in that pass, until `take_features`.
         of_tokens: the same, with one value for each token, `[1, len(ids)]`.
     """
@@ -44,6 +45,7 @@ class Message:
     ids: list[int]
     num_before: int = 0
     at_once: range = range(0)
+    placeholders: frozenset[int] = frozenset()
     features: dict[str, Any] = field(default_factory=dict)
     of_tokens: dict[str, Tensor] = field(default_factory=dict)
 
@@ -125,7 +127,7 @@ class MessageWriter:
             written = before + text + self.template.after_message(is_first)
         return self._written(model, transcript, written, media, is_first)
 
-    def placeholders(self, model: Any) -> set[int]:
+    def placeholders(self, model: Any) -> frozenset[int]:
         """Return the ids of tokens whose place images, videos or sound take."""
         found = set()
         for owner in (model.config, self.processor):
@@ -134,7 +136,7 @@ class MessageWriter:
                 found |= {each for each in ids if isinstance(each, int)}
             if found:
                 break
-        return found
+        return frozenset(found)
 
     def _written(
         self, model: Any, transcript: Transcript, text: str, media: Mapping[str, Sequence[Any]], is_first: bool
@@ -164,7 +166,9 @@ class MessageWriter:
             )
         # Models find an image also by the token before it.
         at_once = range(max(at[0] - 1, 0), at[-1] + 1)
-        return Message(ids, 0, at_once, features, {each: of_tokens[each] for each in of_tokens if each in known})
+        return Message(
+            ids, 0, at_once, placeholders, features, {each: of_tokens[each] for each in of_tokens if each in known}
+        )
 
     def _processed(
         self, model: Any, text: str, is_first: bool, media: Mapping[str, Sequence[Any]]

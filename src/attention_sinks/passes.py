@@ -74,7 +74,10 @@ class Passes:
         if not images:
             return True
         text, images_too = message.ids[: images.start], message.ids[: images.stop]
-        if len(transcript.ids) - transcript.num_read + len(text) > transcript.cache.window_length:
+        unread = transcript.ids[transcript.num_read :]
+        # A model may have written a placeholder itself, which is text.
+        is_apart = bool(text) and not message.placeholders.isdisjoint(unread)
+        if is_apart or len(unread) + len(text) > transcript.cache.window_length:
             transcript.append_turn("user", text)
             if not self.read_in_chunks(emit):
                 return False

@@ -83,6 +83,11 @@ class SinkSession:
         return self._writer.template.system
 
     @property
+    def processor(self) -> Any:
+        """The processor of the model, or None if the session was made with a tokenizer."""
+        return self._writer.processor
+
+    @property
     def cache(self) -> SinkCache:
         """What the model remembers of the stream."""
         return self._transcript.cache

@@ -1,11 +1,21 @@
 """Processors made of parts, nothing of which is downloaded, and frames for them."""
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, LlavaProcessor, Qwen2_5_VLProcessor, Qwen2VLProcessor
+from transformers import (
+    BatchFeature,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -56,8 +66,18 @@ class VideoProcessor:
         return BatchFeature({**values, "video_metadata": metadata})
 
 
-def _unchecked(self: Any, name: str, argument: Any) -> None:
-    pass
+class _OfParts:
+    """A processor that notes the grids of images and videos."""
+
+    def check_argument_for_proper_class(self, name: str, argument: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        noted = vars(self).setdefault("noted", {"image_grid_thw": [], "video_grid_thw": []})
+        for name, grids in noted.items():
+            grids += [output[name]] if name in output else []
+        return output
 
 
 def grid_processor(name: str = "qwen2_5_vl", template: str | None = GRID_TEMPLATE) -> Any:
@@ -66,7 +86,7 @@ def grid_processor(name: str = "qwen2_5_vl", template: str | None = GRID_TEMPLAT
     tokenizer.add_special_tokens({"additional_special_tokens": GRID_TOKENS})
     processor_class: Any = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}[name]
     # Transformers asks for the class of a video processor, which it does not have without torchvision.
-    made_of_parts = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": _unchecked})
+    made_of_parts = type(processor_class.__name__, (_OfParts, processor_class), {})
     return made_of_parts(
         image_processor=Qwen2VLImageProcessorPil(**_PATCHES, size=_SIZES),
         tokenizer=tokenizer,
@@ -81,8 +101,29 @@ def llava_processor() -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return LlavaProcessor(
-        image_processor, tokenizer, 4, "full", chat_template=LLAVA_TEMPLATE, num_additional_image_tokens=0
+        image_processor, tokenizer, 4, "default", chat_template=LLAVA_TEMPLATE, num_additional_image_tokens=1
     )
+
+
+@cache
+def llava_model() -> Any:
+    """A random model with one text layer and the vocabulary of `llava_processor`."""
+    tokenizer, size = llava_processor().tokenizer, {"hidden_size": 32, "intermediate_size": 32}
+    layer = {"num_hidden_layers": 1, "num_attention_heads": 4}
+    text = LlamaConfig(**size, **layer, vocab_size=len(tokenizer), eos_token_id=END, max_position_embeddings=512)
+    vision = CLIPVisionConfig(**size, **layer, image_size=8, patch_size=4)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-1, image_seq_length=4
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "vision" not in name:
+                weight.mul_(4)  # see `grid_model`
+    model.generation_config.suppress_tokens = [image]
+    return model
 
 
 def frame(number: int, height: int = 16, width: int = 16) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,195 @@
+"""A session with a processor: images, videos and text in one stream, exact and of bounded size."""
+
+import copy
+import gc
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from attention_sinks import SinkSession
+
+from ..support.grids import Recorder, coordinates, logits_of_window
+from ..support.inside import ids_of
+from ..support.processors import (
+    GRID_TEMPLATE,
+    frame,
+    grid_chat_model,
+    grid_processor,
+    llava_model,
+    llava_processor,
+)
+from ..support.tokenizer import END, Answer, byte_tokenizer, chat_model
+
+W = 40
+TOLERANCE = 1e-5
+
+
+class Logits(LogitsProcessor):
+    """Remembers the logits of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores[0].clone())
+        return scores
+
+
+class Watch:
+    """What the model of a session reads inside: the tokens, their embeddings, and the grids of images and videos."""
+
+    def __init__(self, session: SinkSession) -> None:
+        self.session, self.model, self.ids = session, session.model, list[int]()
+
+    def __enter__(self) -> "Watch":
+        def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            self.ids += kwargs["input_ids"][0].tolist()
+
+        self.recorder = Recorder(self.model)
+        self.recorder.__enter__()
+        self._hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        self.recorder.__exit__()
+
+    def truth(self, length: int, window_length: int, num_sinks: int) -> Tensor:
+        """The logits after `length` tokens, by the model without a cache on the kept tokens."""
+        embeddings = torch.cat(self.recorder.embeddings, dim=1)[:, :length]
+        if hasattr(self.model.model, "get_rope_index"):
+            given = {name: torch.cat(grids) for name, grids in self.session.processor.noted.items() if grids}
+            positions = coordinates(self.model, torch.tensor([self.ids]), given)[:, :, :length]
+            return logits_of_window(self.model, embeddings, positions, window_length, num_sinks)
+        kept = [*range(length)]
+        if length > window_length:
+            kept = [*range(num_sinks), *range(length - window_length + num_sinks, length)]
+        with torch.no_grad():
+            output = self.model.model.language_model(inputs_embeds=embeddings[:, kept], use_cache=False)
+            logits: Tensor = self.model.lm_head(output.last_hidden_state[0, -1])
+        return logits
+
+    def check(self, length: int = 12, **message: Any) -> None:
+        """Let a session answer, and check each step of the answer."""
+        logits, session = Logits(), self.session
+        silent = [*self.model.generation_config.suppress_tokens, END]
+        options = {
+            "do_sample": False,
+            "suppress_tokens": silent,
+            "max_new_tokens": length,
+            "logits_processor": [logits],
+        }
+        "".join(session.chat(**message, **options) if message else session.generate(**options))
+        first, read = len(self.ids) - length + 1, len(self.recorder.embeddings)
+        for i, step in enumerate(logits.steps):
+            truth = self.truth(first + i, session.cache.window_length, session.cache.num_sink_tokens)
+            del self.recorder.embeddings[read:]  # of the truth
+            finite = step > -1e30  # suppressed tokens
+            assert (step - truth)[finite].abs().max() <= TOLERANCE * truth.abs().max()
+
+
+KINDS: dict[str, Any] = {
+    "qwen2_vl": (lambda: grid_chat_model("qwen2_vl"), lambda: grid_processor("qwen2_vl")),
+    "qwen2_5_vl": (lambda: grid_chat_model("qwen2_5_vl"), lambda: grid_processor("qwen2_5_vl")),
+    "llava": (llava_model, llava_processor),
+}
+
+
+def new(kind: str, window_length: int = W, **options: Any) -> SinkSession:
+    model, processor = (make() for make in KINDS[kind])
+    return SinkSession(model, processor, window_length, **options)
+
+
+def say(session: SinkSession, text: str) -> dict[str, Any]:
+    return {"logits_processor": [Answer(session.tokenizer, text)], "suppress_tokens": None}
+
+
+@pytest.mark.parametrize("system", [None, "Speak like a pirate."])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_reads_what_the_processor_makes_of_the_whole_conversation(kind: str, system: str | None) -> None:
+    session, image, conversation, images, read = new(kind, 1000, system=system), {"type": "image"}, list[Any](), [], []
+    if system is not None:
+        conversation.append({"role": "system", "content": [{"type": "text", "text": system}]})
+    turns: list[tuple[list[int], list[int], str]] = [
+        ([], [0], "What is this?"), ([1, 2], [], "And these?"), ([], [], "Thank you"), ([3], [4, 5], "More")
+    ]  # fmt: skip
+    for fed, asked, message in turns:
+        count = 0
+        for number in fed:
+            count += session.feed(images=[frame(number, 16, 24)])
+        assert (count > 0) == bool(fed)
+        "".join(session.chat(message, images=[frame(number, 16, 24) for number in asked], **say(session, "Ahoy.")))
+        images += [frame(number, 16, 24) for number in (*fed, *asked)]
+        content = [*([image] * len((*fed, *asked))), {"type": "text", "text": message}]
+        conversation.append({"role": "user", "content": content})
+        text = session.processor.apply_chat_template(conversation, add_generation_prompt=True)
+        expected = session.processor(text=[text], images=[images], return_tensors="pt", add_special_tokens=False)
+        said = session.tokenizer("Ahoy.")["input_ids"]
+        assert ids_of(session) == [*expected["input_ids"][0].tolist(), *said, END]
+        conversation.append({"role": "assistant", "content": [{"type": "text", "text": "Ahoy."}]})
+        read.append(len(ids_of(session)))
+    assert all(a < b for a, b in pairwise(read))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_step_of_a_stream_with_images_is_the_model_without_a_cache_on_the_kept_tokens(kind: str) -> None:
+    session = new(kind)
+    with Watch(session) as watch:
+        watch.check(message="What is this?", images=[frame(0)])
+        session.feed(images=[frame(1), frame(2, 8, 24)])
+        session.feed(images=[frame(3)])
+        session.feed("They are in Paris. " * 4)
+        watch.check(message="What is it now?", images=[frame(4)])
+        watch.check(message="And then?")
+        for number in range(5, 9):
+            session.feed(images=[frame(number)])
+        if session.tokenizer.decode(ids_of(session)[-1:]) != "<image>":
+            watch.check()
+
+
+def test_videos_stand_in_the_stream_as_images_do() -> None:
+    session = new("qwen2_vl")
+    with Watch(session) as watch:
+        session.feed("Look at this.")
+        session.feed(videos=[[frame(0), frame(1), frame(2), frame(3)]])
+        watch.check(message="What is this?", images=[frame(4)], videos=[[frame(5), frame(6)]])
+        watch.check(message="And this?", videos=[torch.tensor(frame(7))[None].repeat(2, 1, 1, 1)])
+
+
+def held(session: SinkSession) -> list[tuple[int, ...]]:
+    """The shapes of all tensors that are alive, but for weights."""
+    gc.collect()
+    weights = {id(each) for each in (*session.model.parameters(), *session.model.buffers())}
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and id(each) not in weights]
+    return sorted(tuple(each.shape) for each in tensors)
+
+
+def stream(num_frames: int, samples: int) -> None:
+    """Check that a stream of frames holds the same at all its times, and is exact at its end."""
+    session = new("qwen2_5_vl")
+    with Watch(session) as watch:
+        sizes = []
+        for number in range(1, num_frames + 1):
+            assert session.feed(images=[frame(number)]) == 6
+            assert session.kept_length <= W
+            if number % (num_frames // samples) == 0:
+                watched = len(watch.recorder.embeddings) + len(session.processor.noted["image_grid_thw"])
+                shapes = held(session)
+                sizes.append((len(shapes) - watched, len(ids_of(session)) <= 3 * W, session.cache.num_rows))
+                assert not any(len(shape) == 2 and shape[1] == 96 for shape in shapes), "pixels"
+        assert len({*sizes[1:]}) == 1, sizes
+        watch.check(message="What is happening now?", images=[frame(0)])
+    assert session.tokens_seen > 6 * num_frames
+
+
+def test_a_stream_of_frames_is_exact_and_does_not_grow() -> None:
+    stream(60, samples=4)
+
+
+@pytest.mark.slow
+def test_a_stream_of_2000_frames_is_exact_and_does_not_grow() -> None:
+    stream(2000, samples=20)
