@@ -1,9 +1,9 @@
 """A session with a processor: images, videos and text in one stream, exact and of bounded size."""
 
-import copy
 import gc
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from attention_sinks import SinkSession
 from ..support.grids import Recorder, coordinates, logits_of_window
 from ..support.inside import ids_of
 from ..support.processors import (
-    GRID_TEMPLATE,
     frame,
     grid_chat_model,
     grid_processor,
@@ -45,7 +44,7 @@ class Watch:
     def __init__(self, session: SinkSession) -> None:
         self.session, self.model, self.ids = session, session.model, list[int]()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             self.ids += kwargs["input_ids"][0].tolist()
 
@@ -77,7 +76,7 @@ class Watch:
         """Let a session answer, and check each step of the answer."""
         logits, session = Logits(), self.session
         silent = [*self.model.generation_config.suppress_tokens, END]
-        options = {
+        options: dict[str, Any] = {
             "do_sample": False,
             "suppress_tokens": silent,
             "max_new_tokens": length,
@@ -193,3 +192,157 @@ def test_a_stream_of_frames_is_exact_and_does_not_grow() -> None:
 @pytest.mark.slow
 def test_a_stream_of_2000_frames_is_exact_and_does_not_grow() -> None:
     stream(2000, samples=20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_or_forked_stream_of_images_goes_on_as_it_would_have(kind: str, tmp_path: Path) -> None:
+    session = new(kind, system="Be brief.")
+    for number in range(12):
+        session.feed(images=[frame(number)])
+    session.save(tmp_path / "session")
+    others = [session.fork(), SinkSession.load(tmp_path / "session", session.model, session.processor)]
+    steps = []
+    for each in (session, *others):
+        logits = Logits()
+        "".join(each.chat("And?", images=[frame(20)], max_new_tokens=5, do_sample=False, logits_processor=[logits]))
+        each.feed(images=[frame(21)])
+        steps.append((torch.stack(logits.steps), ids_of(each)))
+    for other in steps[1:]:
+        assert torch.equal(other[0], steps[0][0])
+        assert other[1] == steps[0][1]
+
+
+def state(session: SinkSession) -> Any:
+    """What tells streams apart; a compacted one is the same."""
+    return session.tokens_seen, session.kept_length, ids_of(session)[-12:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"images": frame(0)}, TypeError, r"`images` must be a list, got ndarray of the shape \[16, 16, 3\]: "),
+        ({"images": [None]}, TypeError, "`images` must hold images of PIL, arrays or tensors, got NoneType"),
+        ({"images": [frame(0)[0]]}, ValueError, r"`images` .* \[height, width, 3\].*, got \[16, 3\]"),
+        ({"images": [frame(0)[..., :2]]}, ValueError, r"`images` .* got \[16, 16, 2\]"),
+        ({"images": [frame(0)[:0]]}, ValueError, r"`images` .* got \[0, 16, 3\]"),
+        ({"images": [frame(0)[None]]}, ValueError, r"`images` .* got \[1, 16, 16, 3\]"),
+        ({"images": [frame(0, 4, 900)]}, ValueError, "`images` must be what Qwen2_5_VLProcessor can process: .*ratio"),
+        ({"videos": [frame(0)]}, ValueError, r"`videos` must hold videos of the shape .*, got \[16, 16, 3\]"),
+        ({"videos": [[frame(0), frame(0, 8, 8)]]}, ValueError, "`videos` must hold frames of one shape"),
+        ({"audio": [[0.0, 0.1]]}, TypeError, "`audio` must hold arrays or tensors, got list"),
+        ({"audio": [torch.zeros(2, 100)]}, ValueError, r"`audio` .* one channel.* got \[2, 100\]"),
+        ({"audio": [torch.zeros(100)]}, ValueError, "`audio` must be left out: Qwen2_5_VLProcessor takes none"),
+        ({"images": [frame(0, 64, 64)]}, ValueError, "`images` must fit the window: they take 64 tokens, .*=40"),
+        ({"images": [frame(i) for i in range(11)]}, ValueError, "take 44 tokens, and window_length=40. Give smaller"),
+        ({"message": "See <|image_pad|>"}, ValueError, r"`\w+` must not hold '<\|image_pad\|>', .*`images=`"),
+        ({"message": "<|video_pad|>", "images": [frame(0)]}, ValueError, "must not hold"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+def test_what_cannot_be_read_is_refused_before_anything_is_read(
+    arguments: dict[str, Any], error: type[Exception], message: str, begun: bool
+) -> None:
+    session, untouched = new("qwen2_5_vl"), new("qwen2_5_vl")
+    for each in (session, untouched):
+        if begun:
+            each.feed(images=[frame(1)])
+    before, media = state(session), {name: given for name, given in arguments.items() if name != "message"}
+    said = arguments.get("message", "Hello")
+    for call in (session.chat, session.feed):
+        with pytest.raises(error, match=message):
+            call(said, **media)
+    assert state(session) == before
+    answers = ["".join(each.chat("And?", images=[frame(2)], max_new_tokens=5)) for each in (session, untouched)]
+    assert answers[0] == answers[1]
+
+
+def test_images_without_a_processor_or_a_template_or_a_model_for_them_are_refused() -> None:
+    model = chat_model()
+    session = SinkSession(model, byte_tokenizer(), W)
+    for call in (session.chat, session.feed):
+        with pytest.raises(ValueError, match=r"`images` must be left out.*`SinkSession\(model, processor\)`"):
+            call("Hello", images=[frame(0)])
+    session = SinkSession(chat_model(vocab_size=263), grid_processor(), W)
+    with pytest.raises(ValueError, match="`images` must be left out: this 'llama' model takes no `pixel_values`"):
+        session.chat("Hello", images=[frame(0)])
+    "".join(session.chat("Hello", images=[], max_new_tokens=3))  # text is for every model
+    session = SinkSession(grid_chat_model(), grid_processor(template=None), W)
+    for call in (session.chat, session.feed):
+        with pytest.raises(ValueError, match=r"`processor` has no chat template. Set `processor.chat_template`"):
+            call("Hello", images=[frame(0)])
+    with pytest.raises(TypeError, match="`text` must be a string, got None"):
+        session.feed(images=[])
+    assert session.tokens_seen == 0
+    session.feed("Once upon a time")
+    "".join(session.generate(max_new_tokens=3))
+
+
+def test_placeholders_without_images_are_refused_for_a_tokenizer_too() -> None:
+    processor = grid_processor()
+    processor.tokenizer.chat_template = byte_tokenizer().chat_template
+    session = SinkSession(grid_chat_model(), processor.tokenizer, W)
+    with pytest.raises(ValueError, match="`message` must not hold"):
+        session.chat("What is <|image_pad|>?")
+    "".join(session.chat("What is it?", max_new_tokens=3))
+
+
+@pytest.mark.parametrize("call", ["chat", "feed"])
+def test_an_error_of_the_vision_tower_leaves_the_session_as_it_was(call: str) -> None:
+    session, untouched = new("qwen2_5_vl"), new("qwen2_5_vl")
+    for each in (session, untouched):
+        "".join(each.chat("Hello", max_new_tokens=30))
+        each.feed(images=[frame(1)])
+    before = state(session)
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError
+
+    hook = session.model.model.visual.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        "".join(session.chat("And?", images=[frame(2)])) if call == "chat" else session.feed(images=[frame(2)])
+    hook.remove()
+    assert state(session) == before
+    answers = ["".join(each.chat("And?", images=[frame(2)], max_new_tokens=5)) for each in (session, untouched)]
+    assert answers[0] == answers[1]
+
+
+def test_a_placeholder_that_the_model_wrote_is_text() -> None:
+    session = new("qwen2_5_vl")
+    image = session.model.config.image_token_id
+    with Watch(session) as watch:
+        for token, kind in ((image, {"images": [frame(3)]}), (image, {})):
+            only = [each for each in range(len(session.tokenizer)) if each != token]
+            "".join(session.chat("Hello", max_new_tokens=3, suppress_tokens=only, **kind))
+            assert ids_of(session)[-1] == token
+        watch.ids.clear()
+    "".join(session.chat("And?", images=[frame(4)], max_new_tokens=5))
+    "".join(session.generate(max_new_tokens=5))
+
+
+def test_a_reader_that_leaves_ends_an_answer_to_images_as_any_other() -> None:
+    session = new("qwen2_5_vl")
+    answer = session.chat("Hello", images=[frame(0)], suppress_tokens=[END])
+    answer.close()
+    assert session.tokens_seen == 0
+    answer = session.chat("Hello", images=[frame(0)], suppress_tokens=[END])
+    next(answer)
+    branch = session.fork()
+    answer.close()
+    for each in (session, branch):
+        "".join(each.chat("And?", images=[frame(1)], max_new_tokens=5))
+
+
+def test_a_long_text_before_images_is_read_in_chunks() -> None:
+    session = new("qwen2_5_vl", system="Be kind. " * 12, keep_system_prompt=False)
+    with Watch(session) as watch:
+        watch.check(message="What is this?", images=[frame(0)])
+        assert max(each.shape[1] for each in watch.recorder.embeddings) <= W
+
+
+def test_after_images_a_stream_goes_on_where_the_template_has_text_behind_them() -> None:
+    session = new("llava")
+    session.processor.chat_template = session.processor.chat_template.replace("<image>\n", "<image>")
+    session.feed(images=[frame(0)])
+    with pytest.raises(ValueError, match="no text to continue after an image"):
+        session.generate()
+    "".join(session.chat("What is it?", max_new_tokens=3))

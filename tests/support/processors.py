@@ -108,8 +108,9 @@ def llava_processor() -> Any:
 @cache
 def llava_model() -> Any:
     """A random model with one text layer and the vocabulary of `llava_processor`."""
-    tokenizer, size = llava_processor().tokenizer, {"hidden_size": 32, "intermediate_size": 32}
-    layer = {"num_hidden_layers": 1, "num_attention_heads": 4}
+    tokenizer = llava_processor().tokenizer
+    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
+    layer: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 4}
     text = LlamaConfig(**size, **layer, vocab_size=len(tokenizer), eos_token_id=END, max_position_embeddings=512)
     vision = CLIPVisionConfig(**size, **layer, image_size=8, patch_size=4)
     image = tokenizer.convert_tokens_to_ids("<image>")
