@@ -6,18 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    BatchFeature,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2_5_VLProcessor,
-    Qwen2VLProcessor,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from attention_sinks.load import tiny_vision_model
 
 from .grids import grid_model
 from .tokenizer import END, byte_tokenizer
@@ -32,14 +24,6 @@ GRID_TEMPLATE = (
     "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Like that of LLaVA: all images of a message first, and nothing between two tokens of an image and the text.
-LLAVA_TEMPLATE = (
-    "{% for m in messages %}{{ m.role | upper }}: "
-    "{% for part in m.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-    "{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}"
-    "{% if m.role == 'assistant' %}<|im_end|>{% else %} {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 GRID_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 _PATCHES: dict[str, Any] = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
@@ -95,36 +79,20 @@ def grid_processor(name: str = "qwen2_5_vl", template: str | None = GRID_TEMPLAT
     )
 
 
-def llava_processor() -> Any:
-    """A processor of LLaVA with a token for each byte, and 4 for each image."""
-    tokenizer = byte_tokenizer(None)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    return LlavaProcessor(
-        image_processor, tokenizer, 4, "default", chat_template=LLAVA_TEMPLATE, num_additional_image_tokens=1
-    )
-
-
 @cache
 def llava_model() -> Any:
-    """A random model with one text layer and the vocabulary of `llava_processor`."""
-    tokenizer = llava_processor().tokenizer
-    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
-    layer: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 4}
-    text = LlamaConfig(**size, **layer, vocab_size=len(tokenizer), eos_token_id=END, max_position_embeddings=512)
-    vision = CLIPVisionConfig(**size, **layer, image_size=8, patch_size=4)
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=image, vision_feature_layer=-1, image_seq_length=4
-    )
-    model = LlavaForConditionalGeneration(config).eval()
+    """The model of `llava_processor`, which has one text layer, with weights like those of `grid_model`."""
+    model: Any = tiny_vision_model()[0]
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "vision" not in name:
-                weight.mul_(4)  # see `grid_model`
-    model.generation_config.suppress_tokens = [image]
+                weight.mul_(4)
     return model
+
+
+def llava_processor() -> Any:
+    """A processor of LLaVA with a token for each byte, and 16 for each image."""
+    return tiny_vision_model()[1]
 
 
 def frame(number: int, height: int = 16, width: int = 16) -> np.ndarray[Any, np.dtype[np.uint8]]:
