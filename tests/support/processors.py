@@ -45,9 +45,10 @@ class VideoProcessor:
             patches = frames.view(t, 2, 3, h // 2, 2, 4, w // 2, 2, 4).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
             pixels.append(patches.reshape(t * h * w, -1))
             grids.append([t, h, w])
-        metadata = [SimpleNamespace(sampled_fps=2.0) for _ in grids]
-        values = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(grids)}
-        return BatchFeature({**values, "video_metadata": metadata})
+        values: dict[str, Any] = {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor(grids)}
+        if options.get("return_metadata"):
+            values["video_metadata"] = [SimpleNamespace(sampled_fps=2.0) for _ in grids]
+        return BatchFeature(values)
 
 
 class _OfParts:
