@@ -109,7 +109,7 @@ class MessageWriter:
             placeholders = placeholders.removeprefix(before)
         elif is_first and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
             is_first, bos = False, [self.tokenizer.bos_token_id]
-        self._check(model, "text", text, media)
+        self.check(model, "text", text, media)
         message = self._written(model, transcript, before + placeholders + (text or ""), media, is_first)
         message.ids[:0] = bos
         message.num_before = len(bos) + len(encode(self.tokenizer, before, is_first))
@@ -117,7 +117,7 @@ class MessageWriter:
 
     def whole(self, model: Any, transcript: Transcript, text: str, media: Mapping[str, Sequence[Any]]) -> Message:
         """Return a message, or the rest of one that has begun, up to the beginning of the answer; see `beginning`."""
-        self._check(model, "message", text, media)
+        self.check(model, "message", text, media)
         is_first, types = not transcript.ids, _types(media)
         if transcript.turn not in ("user", "media"):
             written = self.template.turn(text, is_first, types)
@@ -137,6 +137,30 @@ class MessageWriter:
             if found:
                 break
         return frozenset(found)
+
+    def check(self, model: Any, name: str, text: str | None, media: Mapping[str, Sequence[Any]]) -> None:
+        """Check that media can be processed, and that the text, the argument `name`, holds no place of any.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        for each in media:
+            if self.processor is None:
+                raise ValueError(
+                    f"`{each}` must be left out: this session has a tokenizer, which reads text alone. Make it with "
+                    "the processor of the model, `SinkSession(model, processor)`."
+                )
+            if not any(getattr(self.processor, attribute, None) is not None for attribute in _MEDIA[each][1]):
+                raise ValueError(f"`{each}` must be left out: {type(self.processor).__name__} takes none.")
+        placeholders = self.placeholders(model)
+        if text is None or not placeholders:
+            return
+        found = next((each for each in encode(self.tokenizer, text, False) if each in placeholders), None)
+        if found is not None:
+            raise ValueError(
+                f"`{name}` must not hold {self.tokenizer.decode([found])!r}, whose place an image, a video or sound "
+                "takes. Give these by `images=`, `videos=` or `audio=`; the template puts them in their place."
+            )
 
     def _written(
         self, model: Any, transcript: Transcript, text: str, media: Mapping[str, Sequence[Any]], is_first: bool
@@ -198,26 +222,6 @@ class MessageWriter:
         del of_tokens["attention_mask"]
         return of_tokens.pop("input_ids")[0].tolist(), of_tokens, output
 
-    def _check(self, model: Any, name: str, text: str | None, media: Mapping[str, Sequence[Any]]) -> None:
-        """Check that media can be processed, and that the text, an argument, holds no place of any."""
-        for each in media:
-            if self.processor is None:
-                raise ValueError(
-                    f"`{each}` must be left out: this session has a tokenizer, which reads text alone. Make it with "
-                    "the processor of the model, `SinkSession(model, processor)`."
-                )
-            if not any(getattr(self.processor, attribute, None) is not None for attribute in _MEDIA[each][1]):
-                raise ValueError(f"`{each}` must be left out: {type(self.processor).__name__} takes none.")
-        placeholders = self.placeholders(model)
-        if text is None or not placeholders:
-            return
-        found = next((each for each in encode(self.tokenizer, text, False) if each in placeholders), None)
-        if found is not None:
-            raise ValueError(
-                f"`{name}` must not hold {self.tokenizer.decode([found])!r}, whose place an image, a video or sound "
-                "takes. Give these by `images=`, `videos=` or `audio=`; the template puts them in their place."
-            )
-
 
 def checked_media(**media: Any) -> dict[str, list[Any]]:
     """Return the images, videos and sound of a message, those that there are, after a look at their shapes.
@@ -277,7 +281,7 @@ def _checked_sound(name: str, sound: Any) -> Any:
         raise TypeError(f"`{name}` must hold arrays or tensors, got {_described(sound)}.")
     if len(shape) != 1 or 0 in shape:
         raise ValueError(f"`{name}` must hold sound of one channel, of the shape [samples], got {[*shape]}.")
-    return sound
+    return sound.numpy(force=True) if isinstance(sound, Tensor) else sound
 
 
 _CHECKS = {"images": _checked_image, "videos": _checked_video, "audio": _checked_sound}

@@ -357,6 +357,7 @@ def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTra
     if system is not None:
         _check_text("system", system)
     writer.template.check()
+    writer.check(inner, "system", system, {})
     return inner.config, writer
 
 

@@ -16,10 +16,15 @@ from ..support.grids import GRID_MODELS, STARTS_AT_TEXT, Recorder, coordinates, 
 from ..support.inside import ids_of
 from ..support.processors import (
     frame,
+    gemma_model,
+    gemma_processor,
     grid_chat_model,
     grid_processor,
     llava_model,
     llava_processor,
+    sound,
+    sound_model,
+    sound_processor,
 )
 from ..support.tokenizer import END, Answer, byte_tokenizer, chat_model
 
@@ -95,6 +100,7 @@ KINDS: dict[str, Any] = {
     "qwen2_vl": (lambda: grid_chat_model("qwen2_vl"), lambda: grid_processor("qwen2_vl")),
     "qwen2_5_vl": (lambda: grid_chat_model("qwen2_5_vl"), lambda: grid_processor("qwen2_5_vl")),
     "llava": (llava_model, llava_processor),
+    "gemma3": (gemma_model, gemma_processor),
 }
 
 # Whose positions of an image do not depend on what stands before it.
@@ -160,6 +166,38 @@ def test_videos_stand_in_the_stream_as_images_do() -> None:
         session.feed(videos=[[frame(0), frame(1), frame(2), frame(3)]])
         watch.check(message="What is this?", images=[frame(4)], videos=[[frame(5), frame(6)]])
         watch.check(message="And this?", videos=[torch.tensor(frame(7))[None].repeat(2, 1, 1, 1)])
+
+
+def test_sound_stands_in_the_stream_as_images_do() -> None:
+    session = SinkSession(sound_model(), sound_processor(), W)
+    for number in range(8):
+        assert session.feed(audio=[sound(number)]) == 14
+    "".join(session.chat("What is this?", audio=[torch.tensor(sound(8))], **say(session, "Ahoy.")))
+    assert session.kept_length == W
+    session.reset()
+    session.feed(audio=[sound(0)])
+    "".join(session.chat("What is this?", audio=[sound(1)], max_new_tokens=1))
+    parts = [{"type": "audio"}, {"type": "audio"}, {"type": "text", "text": "What is this?"}]
+    text = session.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    both = [sound(0), sound(1)]
+    expected = session.processor(text=[text], audio=both, sampling_rate=16_000, return_tensors="pt")
+    assert ids_of(session)[:-1] == expected["input_ids"][0].tolist()
+
+
+def test_below_the_window_an_answer_is_that_to_the_whole_conversation() -> None:
+    """Of Gemma 3, whose image tokens see those that follow them."""
+    model, processor, logits = gemma_model(2), gemma_processor(), Logits()
+    session = SinkSession(model, processor, 1000)
+    "".join(session.chat("What is this?", images=[frame(0)], **say(session, "Ahoy.")))
+    session.feed(images=[frame(1)])
+    "".join(session.chat("And?", images=[frame(2)], max_new_tokens=1, logits_processor=[logits]))
+    ids, images = torch.tensor([ids_of(session)[:-1]]), [frame(number) for number in range(3)]
+    pixels = processor(text=["<begin>" * 3], images=[images], return_tensors="pt")["pixel_values"]
+    types = (ids == model.config.image_token_index).long()
+    with torch.no_grad():
+        expected = model(input_ids=ids, pixel_values=pixels, token_type_ids=types).logits[0, -1]
+    finite = logits.steps[0] > -1e30
+    assert (logits.steps[0] - expected)[finite].abs().max() <= TOLERANCE * expected.abs().max()
 
 
 def held(session: SinkSession) -> list[tuple[int, ...]]:
@@ -287,6 +325,8 @@ def test_placeholders_without_images_are_refused_for_a_tokenizer_too() -> None:
     with pytest.raises(ValueError, match="`message` must not hold"):
         session.chat("What is <|image_pad|>?")
     "".join(session.chat("What is it?", max_new_tokens=3))
+    with pytest.raises(ValueError, match="`system` must not hold"):
+        SinkSession(session.model, processor, W, system="You see <|image_pad|>.")
 
 
 @pytest.mark.parametrize("call", ["chat", "feed"])
@@ -329,6 +369,7 @@ def test_a_reader_that_leaves_ends_an_answer_to_images_as_any_other() -> None:
     assert session.tokens_seen == 0
     answer = session.chat("Hello", images=[frame(0)], suppress_tokens=[END])
     next(answer)
+    assert not any(len(shape) == 2 and shape[1] == 96 for shape in held(session)), "pixels"
     branch = session.fork()
     answer.close()
     for each in (session, branch):

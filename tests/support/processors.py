@@ -6,7 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
+from transformers import (
+    BatchFeature,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    Qwen2_5_VLProcessor,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioProcessor,
+    Qwen2VLProcessor,
+    WhisperFeatureExtractor,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from attention_sinks.load import tiny_vision_model
@@ -94,6 +106,92 @@ def llava_model() -> Any:
 def llava_processor() -> Any:
     """A processor of LLaVA with a token for each byte, and 16 for each image."""
     return tiny_vision_model()[1]
+
+
+# What models with other processors write around images and sound.
+_SOUND = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+_OTHER_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'image' %}<begin>{% elif part.type == 'audio' %}"
+    + _SOUND
+    + "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_SMALL |= {"max_position_embeddings": 512, "eos_token_id": END, "bos_token_id": 0}
+
+
+def gemma_processor() -> Any:
+    """A processor of Gemma 3, whose image tokens see each other, with 4 for each image."""
+    tokenizer: Any = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<begin>", "<end>", "<img>"]})
+    for name, token in (("boi", "<begin>"), ("eoi", "<end>"), ("image", "<img>")):
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    pixels = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    return Gemma3Processor(pixels, tokenizer, chat_template=_OTHER_TEMPLATE, image_seq_length=4)
+
+
+@cache
+def gemma_model(num_layers: int = 1) -> Any:
+    """A random model with the vocabulary of `gemma_processor`."""
+    tokenizer = gemma_processor().tokenizer
+    layers: dict[str, Any] = {"num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**_SMALL, **layers, "head_dim": 16, "vocab_size": len(tokenizer), "pad_token_id": None},
+        vision_config={**tower, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    return _sharp(Gemma3ForConditionalGeneration, config, [tokenizer.image_token_id])
+
+
+def sound_processor() -> Any:
+    """A processor of Qwen2-Audio."""
+    tokenizer = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})
+    features = WhisperFeatureExtractor(8, sampling_rate=16_000, hop_length=32, chunk_length=1, n_fft=64)
+    return Qwen2AudioProcessor(features, tokenizer, chat_template=_OTHER_TEMPLATE)
+
+
+@cache
+def sound_model() -> Any:
+    """A random model with the vocabulary of `sound_processor`."""
+    processor = sound_processor()
+    token = processor.tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    tower = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32}
+    text = {**_SMALL, "model_type": "qwen2", "num_hidden_layers": 1, "vocab_size": len(processor.tokenizer)}
+    config = Qwen2AudioConfig(
+        audio_config={**tower, "max_source_positions": processor.feature_extractor.nb_max_frames // 2},
+        text_config=text,
+        audio_token_index=token,
+    )
+    return _sharp(Qwen2AudioForConditionalGeneration, config, [token])
+
+
+def _sharp(model_class: Any, config: Any, silent: list[int]) -> Any:
+    """A random model with weights like those of `grid_model`, that never says some tokens."""
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "vision" not in name and "audio" not in name:
+                weight.mul_(4)
+    model.generation_config.suppress_tokens = silent
+    return model
+
+
+def sound(number: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A tenth of a second of noise."""
+    return np.random.default_rng(number).normal(size=1600).astype(np.float32)
 
 
 def frame(number: int, height: int = 16, width: int = 16) -> np.ndarray[Any, np.dtype[np.uint8]]:
