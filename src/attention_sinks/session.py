@@ -350,7 +350,7 @@ def _check_owner(state: dict[str, Any], path: str | os.PathLike[str], **ours: st
 
 
 def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, MessageWriter]:
-    """Check what a session is made of; return the config of the model, and what writes its messages."""
+    """Check what a session is made of; return the config of its text, and what writes its messages."""
     inner, writer = unwrapped(model), MessageWriter(tokenizer, system)
     if not isinstance(inner, GenerationMixin):
         raise TypeError(f"`model` must be a model that can generate, got {type(inner).__name__}.")
@@ -358,7 +358,7 @@ def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTra
         _check_text("system", system)
     writer.template.check()
     writer.check(inner, "system", system, {})
-    return inner.config, writer
+    return inner.config.get_text_config(decoder=True), writer
 
 
 def _check_text(name: str, text: object) -> None:
