@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import page, sections
+from . import construct, page, sections
 from .measure import ALL_ROTATED, LLAMA3_8B, QWEN2_5_VL_3B, SMOLLM2_135M, TINY, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
             "session": lambda: sections.session_cost(tiny, 8),
             "stream": lambda: sections.stream(tiny, (0, 100, 300), 64, environments),
             "memory": lambda: sections.memory(Setting(SMOLLM2_135M, (256,), rounds=1)),
+            "construct": lambda: construct.construct(["Mistral 7B v0.1"], rounds=1),
         }
     update = Setting({}, (1024, 4096, 16384, 65536), rounds=20)
     decode = Setting(SMOLLM2_135M, (256, 1024, 4096, 16384), rounds=60)
@@ -55,6 +56,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
             environments,
         ),
         "memory": lambda: sections.memory(Setting(SMOLLM2_135M, (256, 1024, 4096), rounds=1)),
+        "construct": lambda: construct.construct(list(construct.SHAPES), rounds=7),
     }
     if torch.cuda.is_available():
         cuda, half = torch.device("cuda"), torch.bfloat16

@@ -14,7 +14,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 SECTIONS = [
-    "update", "decode", "video", "compiled", "prefill", "session", "stream", "memory",
+    "update", "decode", "video", "compiled", "prefill", "session", "stream", "memory", "construct",
     "gpu_update", "gpu_decode", "gpu_compiled", "gpu_prefill",
 ]  # fmt: skip
 # Memory bandwidth in bytes per second, from the data sheet.
@@ -169,6 +169,21 @@ def memory(measured: dict[str, Any], folder: Path) -> str:
     )
 
 
+def construct(measured: dict[str, Any], folder: Path) -> str:
+    columns = ("cpu ms", "ms", "busy cpu ms", "busy ms", "MiB")
+    lines = [
+        [row["model"], str(row["layers"]), *(median_and_quartiles(row[column], 0) for column in columns)]
+        for row in measured["rows"]
+    ]
+    return (
+        "The first `SinkCache(config)` of a process, for configs of large models. It measures how the model tells "
+        "positions apart; later caches of an equal config use the result. PyTorch and the code of the model are loaded "
+        "before. *Busy* means beside one process for each CPU that computes without a pause. The memory is the peak "
+        "above what the process held before.\n\n"
+        + table(["config", "layers", "CPU ms", "ms", "CPU ms, busy", "ms, busy", "MiB"], lines)
+    )
+
+
 TITLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "update": ("Cache update", update),
     "decode": ("Decode step", decode),
@@ -178,6 +193,7 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any], Path], str]]] = {
     "session": ("Session", session),
     "stream": ("Time and memory along a stream", stream),
     "memory": ("Memory", memory),
+    "construct": ("First construction", construct),
 }
 
 

@@ -6,14 +6,11 @@
 
 import atexit
 import contextlib
-import ctypes
-import functools
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -28,6 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from .openmp import gnu_openmp
 from .prompt import GenerationSettings
 
 # How many items may wait for their reader before the worker pauses.
@@ -412,20 +410,9 @@ def release_thread_pool() -> None:
     OpenMP lets its threads sleep after each parallel operation instead of spinning. To wake them costs a decoding step
     of SmolLM2-135M a tenth of its time. So a pool ends when another thread takes over.
     """
-    openmp = _gnu_openmp()
+    openmp = gnu_openmp()
     if openmp is not None and torch.get_num_threads() > 1:
         openmp.omp_pause_resource_all(1)  # `omp_pause_soft`, of OpenMP 5.0; in GNU OpenMP of the calling thread alone
-
-
-@functools.cache
-def _gnu_openmp() -> ctypes.CDLL | None:
-    """Return the GNU OpenMP library that comes with PyTorch, None if it uses another one."""
-    for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
-        with contextlib.suppress(OSError):  # it was not loaded
-            library = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
-            if hasattr(library, "omp_pause_resource_all"):
-                return library
-    return None
 
 
 # Which models a session generates with at this moment.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 import attention_sinks
 import attention_sinks.compat
@@ -20,11 +21,14 @@ import attention_sinks.files
 import attention_sinks.storage.static
 import attention_sinks.storage.stream
 from attention_sinks import Rotation, SinkCache, SinkSession
+from attention_sinks.architecture import positions as positions_module
 from attention_sinks.architecture import twin as twin_module
+from attention_sinks.architecture.kinds import LeftOut
 from attention_sinks.architecture.positions import LAST_POSITION, derive_positions
 from attention_sinks.architecture.twin import RESIZES, LostCache, OwnRandomness, Twin, build_twin, isolated, shrink
 from attention_sinks.compat import PassWatch
 from attention_sinks.files import FORMAT
+from attention_sinks.openmp import gnu_openmp
 from attention_sinks.prefill import read_in_chunks
 from attention_sinks.storage.guard import PassGuard
 from attention_sinks.storage.layers import SinkLayer
@@ -34,7 +38,6 @@ from attention_sinks.storage.plan import UpdatePlan, WindowedPlan
 from attention_sinks.storage.positions import token_positions
 from attention_sinks.storage.static import StaticPlan
 from attention_sinks.streaming import Detokenizer, Worker
-from attention_sinks.streaming import _gnu_openmp as gnu_openmp
 
 __all__ = [
     "FORMAT",
@@ -44,6 +47,7 @@ __all__ = [
     "HybridSinkLayer",
     "IndexedSinkLayer",
     "Layout",
+    "LeftOut",
     "LostCache",
     "OwnRandomness",
     "PassGuard",
@@ -130,7 +134,31 @@ def make_layers_disagree(cache: SinkCache) -> None:
     cache.layers[1].seen -= 1
 
 
-# --- positions
+# --- how a model tells positions apart
+
+
+def forget_measurements() -> None:
+    """Let the next cache of every config be the first one."""
+    positions_module._measure.cache_clear()
+
+
+def shown_by_twin(config: PreTrainedConfig, every_layer: bool) -> tuple[dict[str, Any], int]:
+    """What a twin shows, in comparable form, and how many of its layers are left out."""
+
+    def plain(rotation: Any) -> Any:
+        return rotation if rotation is None else (repr(rotation), rotation.inv_freq.tolist())
+
+    with isolated():
+        twin = build_twin(config, RESIZES[0], every_layer)
+        measured: Any = positions_module._measure_twin(twin, twin_module.PROBE_LENGTH)
+    assert not twin.left_out.differ
+    shown = dict(vars(measured))
+    for name in ("rotations", "indexers"):
+        shown[name] = {i: plain(rotation) for i, rotation in sorted(shown[name].items())}
+    return shown, len(twin.left_out.layers)
+
+
+# --- positions of a cache
 
 
 def position_offset_of(cache: SinkCache) -> int:

@@ -21,6 +21,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     ReformerConfig,
+    RoFormerConfig,
     RwkvConfig,
     XLNetConfig,
 )
@@ -62,10 +63,10 @@ def name_of(config: Any) -> str:
     return config.model_type if isinstance(config, PreTrainedConfig) else ""
 
 
-def smallest_twin(config: PreTrainedConfig) -> Twin:
+def smallest_twin(config: PreTrainedConfig, every_layer: bool = False) -> Twin:
     with isolated():
         # The heads of DiffLlama come in pairs.
-        return build_twin(config, RESIZES[1] if config.model_type == "diffllama" else RESIZES[0])
+        return build_twin(config, RESIZES[1] if config.model_type == "diffllama" else RESIZES[0], every_layer)
 
 
 @pytest.mark.parametrize("config", FEW_LAYERS, ids=name_of)
@@ -133,6 +134,24 @@ def test_own_randomness_never_draws_from_the_global_generator(draw: Callable[[],
     assert drawn[0].is_meta or torch.equal(*drawn)
 
 
+def test_weights_that_learn_can_be_left_undrawn() -> None:
+    learns, fixed = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3), requires_grad=False)
+    table = torch.ones(3)
+    with OwnRandomness(draws_weights=False):
+        for weight in (learns, fixed, table):
+            nn.init.normal_(weight)
+    assert torch.equal(learns, torch.ones(3))
+    assert not torch.equal(fixed, torch.ones(3))
+    assert not torch.equal(table, torch.ones(3))
+
+
+def test_a_table_of_fixed_weights_is_that_of_the_model() -> None:
+    model: Any = smallest_twin(RoFormerConfig(num_hidden_layers=2, is_decoder=True)).model
+    sines, cosines = model.roformer.encoder.embed_positions.weight[0].chunk(2)
+    assert torch.equal(sines, torch.zeros_like(sines))
+    assert torch.equal(cosines, torch.ones_like(cosines))
+
+
 def test_a_generator_that_is_given_is_used() -> None:
     with OwnRandomness():
         drawn = torch.rand(3, generator=torch.Generator().manual_seed(7))
@@ -141,9 +160,10 @@ def test_a_generator_that_is_given_is_used() -> None:
 
 @pytest.mark.parametrize("config", BIG, ids=name_of)
 def test_a_twin_of_a_big_model_is_small(config: PreTrainedConfig) -> None:
-    weights = sum(weight.numel() for weight in smallest_twin(config).model.parameters())
-    assert weights < 2_000_000 * config.num_hidden_layers
-    assert weights < twin_module.MAX_TWIN_WEIGHTS
+    for every_layer, layers in [(False, 1), (True, config.num_hidden_layers)]:
+        weights = sum(weight.numel() for weight in smallest_twin(config, every_layer).model.parameters())
+        assert weights < 2_000_000 * layers
+        assert weights < twin_module.MAX_TWIN_WEIGHTS
 
 
 def test_a_twin_that_cannot_be_small_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +221,7 @@ def test_a_lost_cache_reports_more_tokens_than_it_holds() -> None:
 
 @torch.no_grad()
 def test_runs_of_a_twin_depend_on_the_position_alone() -> None:
-    twin = smallest_twin(LlamaConfig(num_hidden_layers=2))
+    twin = smallest_twin(LlamaConfig(num_hidden_layers=2), every_layer=True)
     states = twin.states_at([0, 5, 5])
     assert states.keys() == {0, 1}
     for keys, values in states.values():

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..compat import cache_name
+from ..openmp import on_one_cpu
 from ..rope import Rotation
 from .twin import PROBE_LENGTH, RESIZES, LostCache, Twin, build_twin, find_model_class, isolated, names_cache
 
@@ -160,14 +161,18 @@ def _measure(key: _ConfigKey) -> _Measured | Refusal:
     names = {*config.to_dict(), *config.attribute_map}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and "num_attention_heads" not in names:
         return Refusal(REASON_NO_HEADS if names_cache(find_model_class(config)) else REASON_NO_CACHE)
+    return on_one_cpu(lambda: _measure_twins(config))
+
+
+def _measure_twins(config: PreTrainedConfig) -> _Measured | Refusal:
     failures: list[str] = []
     with isolated():
         for resize in RESIZES:
             outcomes: list[_Measured | Refusal] = []
             # Far positions tell frequencies apart best, but a model may not have them.
-            for length in sorted({PROBE_LENGTH, _shortest_length(config)}, reverse=True):
+            for length in sorted({PROBE_LENGTH, min([PROBE_LENGTH, *_lengths(config)])}, reverse=True):
                 try:
-                    measured = _measure_twin(build_twin(config, resize), length)
+                    measured = _measure_smallest(config, resize, length)
                 except Exception as error:  # the code of a model may raise anything on sizes that it does not support
                     failures.append(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}"))
                     continue
@@ -179,10 +184,28 @@ def _measure(key: _ConfigKey) -> _Measured | Refusal:
     return _explain_failure(config, failures[0])
 
 
-def _shortest_length(config: PreTrainedConfig) -> int:
-    """Return the shortest length that the config names, at most `PROBE_LENGTH`."""
+def _measure_smallest(config: PreTrainedConfig, resize: Any, length: int) -> _Measured | Refusal:
+    """Measure a twin with one layer of each kind, or one with all layers if that leaves a doubt."""
+    twin = build_twin(config, resize)
+    if twin.left_out.layers:
+        with contextlib.suppress(Exception):  # the code of a model may not run without some of its layers
+            twin.copied().compare_layers([0, length // 2, length - 1])
+            measured = _measure_twin(twin, length)
+            if _is_plain(measured) and not twin.left_out.differ:
+                return measured
+        twin = build_twin(config, resize, every_layer=True)
+    return _measure_twin(twin, length)
+
+
+def _is_plain(measured: _Measured | Refusal) -> bool:
+    """Return True if nothing was found that is judged by its size, which more layers would show better."""
+    return isinstance(measured, _Measured) and _explains_all_layers(measured) and not measured.needs_temporal_order
+
+
+def _lengths(config: PreTrainedConfig) -> list[int]:
+    """Return the lengths that a config names."""
     lengths = re.findall(r"'\w*(?:max_position|n_positions|max_seq|n_ctx)\w*': (\d+)", str(config.to_dict()))
-    return min([PROBE_LENGTH, *(int(length) for length in lengths if int(length) > 1)])
+    return [int(length) for length in lengths if int(length) > 1]
 
 
 def _explains_all_layers(measured: _Measured) -> bool:
@@ -221,8 +244,8 @@ def _measure_twin(twin: Twin, length: int) -> _Measured | Refusal:
     if limit is None:
         return Refusal(REASON_LENGTH)
     return _Measured(
-        rotations=rotations,
-        indexers=indexers,
+        rotations=twin.left_out.for_all(rotations),
+        indexers=twin.left_out.for_all(indexers),
         needs_temporal_order=_needs_temporal_order(twin, start.logits),
         limit=limit,
         masked=twin.masked,
@@ -246,7 +269,7 @@ class _Probe:
         self.positions = positions
         self.start = start
         noise = NOISE_MARGIN * _rounding_noise(twin, start.logits)
-        self.tolerance = min(max(LOGITS_TOLERANCE, noise), MAX_LOGITS_TOLERANCE)
+        self.tolerance = min(max(LOGITS_TOLERANCE * twin.strictness, noise), MAX_LOGITS_TOLERANCE)
 
     def behavior_at(self, position: int) -> _Behavior:
         """Return what the twin does at `position`, after single tokens up to there, with an empty cache."""
@@ -282,8 +305,12 @@ class _Probe:
     def _first_change(self) -> int:
         """Return the first position of a changed behaviour by bisection: unchanged at 1, changed at the last one."""
         unchanged, changed = 1, LAST_POSITION - 1
+        # Most often it is a length that the config names.
+        guesses = [guess for length in _lengths(self.twin.model.config) for guess in (length - 1, length)]
         while changed - unchanged > 1:
-            middle = (unchanged + changed) // 2
+            middle = guesses.pop() if guesses else (unchanged + changed) // 2
+            if not unchanged < middle < changed:
+                continue
             if self.is_unchanged_at(middle):
                 unchanged = middle
             else:
@@ -311,7 +338,7 @@ def _rounding_noise(twin: Twin, logits: Tensor) -> float:
 
 
 def _needs_temporal_order(twin: Twin, logits: Tensor) -> bool:
-    if not _same(twin.logits_at(0, reverse=True), logits, ORDER_TOLERANCE):
+    if not _same(twin.logits_at(0, reverse=True), logits, ORDER_TOLERANCE * twin.strictness):
         return True
     # An indexer that keeps positions pools the keys of neighbours.
     return any(getattr(layer, "indexer_position_ids", None) is not None for layer in twin.run_at([0]).layers)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from ..compat import CACHE_NAMES, with_cache
+from .kinds import LeftOut
 
 # Positions are probed up to here, if the model has as many. A mask over all tokens seen is given up to here.
 PROBE_LENGTH = 1024
@@ -37,20 +38,31 @@ class Twin:
 
     Args:
         model: the model.
+        left_out: the layers of the model that do not run.
         masked: True if the model is given an attention mask over all tokens seen, as for padded batches.
     """
 
-    def __init__(self, model: PreTrainedModel, masked: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, left_out: LeftOut, masked: bool = True) -> None:
         self.model = model
+        self.left_out = left_out
         self.masked = masked
+
+    @property
+    def strictness(self) -> float:
+        """The factor of the tolerances for logits: those of few layers change less than those of all.
+
+        Their rounding errors are smaller, too: below 2e-6.
+        """
+        return 0.1 if self.left_out.layers else 1
 
     def unmasked(self) -> "Twin":
         """Return the same twin, run without an attention mask."""
-        return Twin(self.model, masked=False)
+        return Twin(self.model, self.left_out, masked=False)
 
     def copied(self) -> "Twin":
         """Return a copy that shares the weights, but not the buffers."""
-        return Twin(copy.deepcopy(self.model, {id(weight): weight for weight in self.model.parameters()}), self.masked)
+        shared = [*self.model.parameters(), *self.left_out.layers]
+        return Twin(copy.deepcopy(self.model, {id(each): each for each in shared}), self.left_out, self.masked)
 
     def run_at(self, positions: list[int], num_lost: int = 0) -> DynamicCache:
         """Return a cache in which the model stored one token at each of `positions`.
@@ -64,7 +76,7 @@ class Twin:
         return cache
 
     def states_at(self, positions: list[int], num_lost: int = 0) -> dict[int, list[Tensor]]:
-        """Return by layer the states that `run_at` stores: keys, values and, if the layer has them, indexer keys.
+        """Return by layer that runs the states that `run_at` stores: keys, values and, if there are, indexer keys.
 
         States have the shape `[len(positions), num_heads, 1, head_dim]`; indexer keys have one head.
         """
@@ -97,9 +109,29 @@ class Twin:
         logits: Tensor = output["logits" if "logits" in output else "last_hidden_state"][:, -1]
         return logits
 
-    def _forward(self, cache: DynamicCache, **inputs: Tensor | None) -> Any:
+    def compare_layers(self, positions: list[int]) -> None:
+        """Compare what layers of one kind compute for tokens at `positions`.
+
+        Raises:
+            ValueError: if they differ.
+        """
+        tokens = torch.arange(1, 1 + len(positions))[None]
+        self._forward(
+            LostCache(self.model.config, 0),
+            compare_results=True,
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            position_ids=torch.tensor([positions]),
+        )
+        if self.left_out.differ:
+            raise ValueError("layers of one kind differ")
+
+    def _forward(self, cache: DynamicCache, compare_results: bool = False, **inputs: Tensor | None) -> Any:
+        self.left_out.begin_pass(compare_results)
         with OwnRandomness():  # BigBird builds modules in its forward pass
-            return self.model(**inputs, use_cache=True, **with_cache(self.model.forward, cache))
+            output = self.model(**inputs, use_cache=True, **with_cache(self.model.forward, cache))
+        self.left_out.end_pass(cache.layers)
+        return output
 
 
 class LostCache(DynamicCache):
@@ -139,10 +171,13 @@ def isolated() -> Iterator[None]:
         yield
 
 
-def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], PreTrainedConfig]) -> Twin:
+def build_twin(
+    config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], PreTrainedConfig], every_layer: bool = False
+) -> Twin:
     """Return a twin of the model that `config` describes, as small as `resize`, one of `RESIZES`, makes it.
 
-    The same config gives bitwise the same weights. Call it inside `isolated`.
+    The same config gives bitwise the same weights. Only one layer of each kind runs, or `every_layer`. Call it inside
+    `isolated`.
 
     Raises:
         ValueError: if the twin would have more than `MAX_TWIN_WEIGHTS` weights.
@@ -150,17 +185,16 @@ def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], Pr
     """
     config = resize(shrink(config))
     model_class = find_model_class(config)
-
-    def build() -> PreTrainedModel:
+    # Weights that learn are drawn below: those of a layer that is left out are never written, and take no memory.
+    with OwnRandomness(draws_weights=False):
         model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
-        return model
-
-    with OwnRandomness(), torch.device("meta"):
-        num_weights = sum(weight.numel() for weight in build().parameters())
+    left_out = LeftOut()
+    if not every_layer:
+        left_out.leave_out_of(model)
+    num_weights = sum(weight.numel() for weight in model.parameters())
     if num_weights > MAX_TWIN_WEIGHTS:
         raise ValueError(f"the twin would have {num_weights / 1e6:,.0f} million weights")
     with OwnRandomness():
-        model = build()
         for weight in model.parameters():
             if not weight.requires_grad:  # a table of fixed sines and cosines
                 continue
@@ -170,7 +204,7 @@ def build_twin(config: PreTrainedConfig, resize: Callable[[PreTrainedConfig], Pr
                 weight.uniform_(0.5, 1.5)
             else:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
-    return Twin(model.eval())
+    return Twin(model.eval(), left_out)
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -205,6 +239,9 @@ class OwnRandomness(TorchFunctionMode):
     """A context in which random numbers come from its own generators, never from the global ones.
 
     It is local to a thread. Each context draws the same numbers.
+
+    Args:
+        draws_weights: False to leave weights that learn as they are allocated.
     """
 
     # By name: transformers replaces functions of `torch.nn.init` by its own.
@@ -220,13 +257,18 @@ class OwnRandomness(TorchFunctionMode):
         "randint_like": Tensor.random_,
     }
 
-    def __init__(self) -> None:
+    def __init__(self, draws_weights: bool = True) -> None:
         super().__init__()
+        self._draws_weights = draws_weights
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name in self._DRAWS and not self._draws_weights:
+            weight = args[0] if args else kwargs.get("tensor")
+            if isinstance(weight, nn.Parameter) and weight.requires_grad:
+                return weight
         if (name in self._DRAWS or name in self._FILLS) and kwargs.get("generator") is None:
             kwargs.pop("generator", None)
             generator = self._generator_for(args, kwargs)
@@ -261,6 +303,9 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
                     break
     if hasattr(config, "n_inner"):  # None stands for four times the width
         config.n_inner = 32
+    if getattr(config, "mamba_d_ssm", None):  # Falcon-H1 says it three times: one head for each group
+        config.mamba_n_heads = config.mamba_n_groups
+        config.mamba_d_ssm = config.mamba_n_heads * config.mamba_d_head
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -289,6 +334,7 @@ _SMALLER: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     (r"^linear_num_.*heads$", _always(1)),
     (r"experts?_per_tok(en)?$|^(moe_)?(top_?)?k(_experts)?$", _at_most(2)),
     (r"^(mamba_)?chunk_size$", _at_most(8)),
+    (r"(^|_)(d_state|state_size)$", _at_most(4)),
     (r"^(n|num|num_expert|topk)_groups?$", _always(1)),
 )
 
