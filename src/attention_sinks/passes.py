@@ -8,6 +8,7 @@ from transformers import StoppingCriteriaList
 
 from .compat import DriftError
 from .generate import ASSISTED, check_arguments, sink_generate
+from .inputs import not_text
 from .messages import Message
 from .models import unwrapped
 from .prefill import last_logits_only, sink_prefill
@@ -49,6 +50,11 @@ class Passes:
             remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
             value = generate_kwargs[name]
             raise TypeError(f"`{name}` must be left out, got {value!r:.80}: the session sets it.{remedy}")
+        name = not_text(generate_kwargs)
+        if name is not None:
+            raise TypeError(
+                f"`{name}` must be left out: give images, videos and sound by `images=`, `videos=`, `audio=`."
+            )
         model, cache = unwrapped(self.model), self.transcript.cache
         settings = GenerationSettings(model, generate_kwargs)
         for name in ("guidance_scale", "num_beams", "num_return_sequences"):

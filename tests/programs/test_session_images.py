@@ -1,6 +1,7 @@
 """A session with a processor: images, videos and text in one stream, exact and of bounded size."""
 
 import gc
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -97,8 +98,7 @@ class Watch:
 
 
 KINDS: dict[str, Any] = {
-    "qwen2_vl": (lambda: grid_chat_model("qwen2_vl"), lambda: grid_processor("qwen2_vl")),
-    "qwen2_5_vl": (lambda: grid_chat_model("qwen2_5_vl"), lambda: grid_processor("qwen2_5_vl")),
+    **{name: (partial(grid_chat_model, name), partial(grid_processor, name)) for name in GRID_MODELS},
     "llava": (llava_model, llava_processor),
     "gemma3": (gemma_model, gemma_processor),
 }
@@ -293,6 +293,8 @@ def test_what_cannot_be_read_is_refused_before_anything_is_read(
         with pytest.raises(error, match=message):
             call(said, **media)
     assert state(session) == before
+    with pytest.raises(TypeError, match="`pixel_values` must be left out: give images"):
+        session.chat("Hello", pixel_values=torch.zeros(4, 96))
     answers = ["".join(each.chat("And?", images=[frame(2)], max_new_tokens=5)) for each in (session, untouched)]
     assert answers[0] == answers[1]
 

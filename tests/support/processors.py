@@ -16,6 +16,7 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioProcessor,
     Qwen2VLProcessor,
+    Qwen3VLProcessor,
     WhisperFeatureExtractor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -78,10 +79,10 @@ class _OfParts:
 
 
 def grid_processor(name: str = "qwen2_5_vl", template: str | None = GRID_TEMPLATE) -> Any:
-    """A processor of Qwen2-VL or Qwen2.5-VL with a token for each byte, and one for each 8 x 8 pixels."""
+    """A processor of Qwen2-VL and its kin, with a token for each byte and one for each 8 x 8 pixels."""
     tokenizer = byte_tokenizer(None)
     tokenizer.add_special_tokens({"additional_special_tokens": GRID_TOKENS})
-    processor_class: Any = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}[name]
+    processor_class: Any = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}.get(name, Qwen3VLProcessor)
     # Transformers asks for the class of a video processor, which it does not have without torchvision.
     made_of_parts = type(processor_class.__name__, (_OfParts, processor_class), {})
     return made_of_parts(
