@@ -50,10 +50,10 @@ class Passes:
             remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
             value = generate_kwargs[name]
             raise TypeError(f"`{name}` must be left out, got {value!r:.80}: the session sets it.{remedy}")
-        name = not_text(generate_kwargs)
-        if name is not None:
+        pixels = not_text(generate_kwargs)
+        if pixels is not None:
             raise TypeError(
-                f"`{name}` must be left out: give images, videos and sound by `images=`, `videos=`, `audio=`."
+                f"`{pixels}` must be left out: give images, videos and sound by `images=`, `videos=`, `audio=`."
             )
         model, cache = unwrapped(self.model), self.transcript.cache
         settings = GenerationSettings(model, generate_kwargs)
