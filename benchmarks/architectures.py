@@ -20,21 +20,29 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from attention_sinks import SinkCache, sink_generate
 from attention_sinks.compat import cache_name
+from attention_sinks.grids import rope_index_of
 from attention_sinks.storage.layers import SinkLayer
 
-WINDOW_LENGTH, NUM_SINK_TOKENS = 16, 4
+from .multimodal import NUM_SINK_TOKENS, WINDOW_LENGTH, media_error, shrink_tower, with_text_config
+
+Results = dict[str, dict[str, dict[str, str]]]  # by version of transformers and model type
 CACHE = cache_name()  # name of the cache argument in the installed version of transformers
 VOCAB_SIZE = 64
 CHUNKS = [1, 7, 1, 12, 3, 1, 9, 5, 1, 8]
 SECONDS = 120
 LARGEST_MODEL = 100_000_000
 RESULTS = Path(__file__).parent / "architectures.json"
+MULTIMODAL_RESULTS = Path(__file__).parent / "multimodal.json"
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 INTRODUCTION = """# Architectures
 
@@ -55,6 +63,25 @@ The column *layers* lists the cache layers of the tiny model. The worst error is
 of model types by version and verdict:
 """
 
+MULTIMODAL_INTRODUCTION = """
+## Images and sound
+
+This table lists every type that `transformers` registers as a multimodal language model, with a tiny random model of
+each.
+
+- *text*: the test above, with the whole model.
+- *image*, *sound*: a prompt with an image, or with sound, and an answer of 24 tokens through `sink_generate`, which
+  crosses the end of the window. Each step must equal the decoder without a cache on the embeddings of the kept tokens,
+  at contiguous positions (those of the model's own `get_rope_index`, if it has one). *not fed* is a type that takes
+  images or sound in a form that the test does not make; an empty cell is one that takes none, or is not supported.
+- *M-RoPE*: the model gives images positions on a grid.
+- *features*: what stands for an image in the prompt. *its encoder* is a tiny one of the model's own class; where none
+  could be built or fed, random features are *put in* by a replaced `get_image_features` or `get_audio_features`.
+
+`tests/laws/test_multimodal.py` has the images of Mllama, which are attended to in layers of their own.
+Of models that speak (Qwen Omni), the part that reads and answers is tested.
+"""
+
 # Small sizes, by config field. A config gets the fields that it has.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "unpadded_vocab_size": VOCAB_SIZE,
@@ -67,7 +94,8 @@ SIZES: dict[str, Any] = {
     "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "qk_head_dim": 32, "v_head_dim": 16,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_head_dim": 16, "mamba_num_heads": 8, "mamba_d_state": 16,
     "mamba_d_ssm": 128, "mamba_n_groups": 1, "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "sliding_window": 4096, "attention_chunk_size": 4096,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_heads": 4, "linear_head_dim": 16,
+    "sliding_window": 4096, "attention_chunk_size": 4096,
     "global_head_dim": 16, "rotary_dim": 8, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB_SIZE, "laurel_rank": 8, "mamba_dt_rank": 8, "lru_width": 64,
@@ -94,9 +122,11 @@ QUICK = (
     "bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3_text", "glm4", "gpt_neox", "gptj", "gpt2", "gpt_oss",
     "lfm2", "llama", "mamba2", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_next", "smollm3",
 )  # fmt: skip
+QUICK_MULTIMODAL = ("gemma3", "glm4v", "idefics3", "llava", "qwen2_audio", "qwen2_vl", "qwen3_5", "voxtral")
 # Class names of modules that mix tokens, and of those that are attention.
-MIXERS = r"(Attention|MLA|Mixer|DeltaNet|ShortConv|Mamba2?(Layer)?)$"
+MIXERS = r"((?<!Cross)Attention|MLA|Mixer|DeltaNet|ShortConv|Mamba2?(Layer)?)$"
 ATTENTION = r"(Attention|MLA)$"
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # Changes to try in order, until a model builds and runs. None keeps the default of the config.
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -117,12 +147,37 @@ VARIANTS: list[dict[str, Any]] = [
     {"n_routed_experts": None, "num_experts": None, "num_local_experts": None, "n_group": None, "topk_group": None},
     {"num_experts_per_tok": None, "moe_topk": None},
     {"hidden_size": None, "num_attention_heads": None, "num_key_value_heads": None, "head_dim": None},
+    {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
+    {
+        "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+        "hidden_size": 128,
+        "head_dim": 32,
+    },
+    {"mlp_layer_types": ["dense"] * 4},
+    {"moe_intermediate_size": [32, 32], "rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}},
+    {"index_kpool": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 0},
+    {
+        "layer_types": ["indexed_attention"],
+        "num_key_value_heads": 4,
+        "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]},
+    },
 ]
 
 
-def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
-    """Yield a tiny random model of a type for each variant that builds and runs."""
-    defaults: Any = CONFIG_MAPPING[model_type]()
+def default_config(model_type: str) -> Any:
+    """Return the default config of a type; of a model that speaks, that of the part which reads and answers."""
+    config: Any = CONFIG_MAPPING[model_type]()
+    return getattr(config, "thinker_config", config)
+
+
+def tiny_models(
+    model_type: str, layers: dict[str, Any], auto: Any = AutoModelForCausalLM, failures: list[str] | None = None
+) -> Iterator[Any]:
+    """Yield a tiny random model of a type, by the registry `auto`, for each variant that builds and runs.
+
+    `failures` gets what the others raise.
+    """
+    defaults = default_config(model_type)
     text: Any = defaults.get_text_config(decoder=True)
     known = {
         name
@@ -135,43 +190,46 @@ def tiny_models(model_type: str, layers: dict[str, Any]) -> Iterator[Any]:
         if name.endswith("_token_id") and value is not None
     }
     if getattr(text, "rope_parameters", True) == {}:  # the config has no default and needs one per layer type
-        tokens["rope_parameters"] = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+        tokens["rope_parameters"] = {"full_attention": ROPE}
+    is_causal = auto is AutoModelForCausalLM and (text is defaults or type(text) in MODEL_FOR_CAUSAL_LM_MAPPING)
     for variant in VARIANTS:
         changes = {name: value for name, value in {**SIZES, **layers, **variant}.items() if name in known}
         changes = {name: value for name, value in changes.items() if value is not None}
-        try:
-            config = type(text)(**changes, **tokens)
-            for tower in vars(config).values():
-                if isinstance(tower, PreTrainedConfig):  # an image or audio encoder
-                    shrink_tower(tower)
-            if text is not defaults and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-                config = type(defaults)(text_config=config)
-            model = build(config)
-            cache = DynamicCache(config=model.config)
-            for chunk in random_ids(6).split([2, 1, 3], dim=1):
-                model(chunk, **{CACHE: cache})
-        except Exception:  # model code raises any kind of error for sizes it does not support
-            continue
-        yield model
+        for is_narrow in (True, False):
+            try:
+                config = type(text)(**{**tokens, **changes})
+                for tower in vars(config).values():
+                    if isinstance(tower, PreTrainedConfig):  # an image or audio encoder
+                        shrink_tower(tower)
+                if not is_causal:
+                    config = with_text_config(defaults, config, is_narrow)
+                model = build(config, auto)
+                cache = DynamicCache(config=model.config)
+                for chunk in random_ids(6).split([2, 1, 3], dim=1):
+                    model(input_ids=chunk, **{CACHE: cache})
+            except Exception as error:  # model code raises any kind of error for sizes it does not support
+                if failures is not None:
+                    failures.append(re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:150])
+                if is_causal:
+                    break
+                continue
+            yield model
+            break
 
 
-def shrink_tower(config: Any) -> None:
-    """Reduce an image or audio encoder to one layer, because text does not use it."""
-    for name in ("num_hidden_layers", "num_blocks", "depth", "num_global_layers"):
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, 1)
-
-
-def build(config: Any) -> Any:
+def build(config: Any, auto: Any) -> Any:
     """Return a random model with sharp attention, so that a wrong position changes the logits."""
+    model_class = auto._model_mapping[type(config)]
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
     if size > LARGEST_MODEL:
         raise ValueError(f"the model must have at most {LARGEST_MODEL:,} weights, got {size:,}")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = model_class._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
+            if auto is AutoModelForMultimodalLM and not weight.any():  # images would be zero in a new Gemma 3
+                weight.normal_()
             weight.mul_(4) if weight.ndim > 1 else weight.add_(torch.randn_like(weight) * 0.2)
     return model.eval()
 
@@ -183,6 +241,8 @@ def random_ids(length: int) -> Tensor:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest error relative to the largest expected logit; infinity for NaN."""
+    masked = expected <= torch.finfo(expected.dtype).min  # tokens that the model must not generate
+    actual, expected = actual.masked_fill(masked, 0), expected.masked_fill(masked, 0)
     error = float((actual - expected).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
 
@@ -191,10 +251,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def agrees_with_itself(model: Any) -> bool:
     """Return True if the logits with a DynamicCache, in chunks, equal those without a cache."""
     ids, cache, seen = random_ids(24), DynamicCache(config=model.config), 0
-    expected = model(ids, use_cache=False).logits
+    expected = model(input_ids=ids, use_cache=False).logits
     for chunk in CHUNKS[:5]:
         positions = torch.arange(seen, seen + chunk)[None]
-        logits = model(ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
+        logits = model(input_ids=ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
         if relative_error(logits, expected[:, seen : seen + chunk]) > 1e-3:
             return False
         seen += chunk
@@ -211,10 +271,12 @@ def one_layer_error(model: Any) -> float:
         for chunk in chunks:
             # Pass positions, as `generate` does: some models do not take them from the cache.
             positions = torch.arange(seen, seen + chunk)[None]
-            logits = model(ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
+            logits = model(input_ids=ids[:, seen : seen + chunk], position_ids=positions, **{CACHE: cache}).logits
             num_evicted = max(seen + 1 - WINDOW_LENGTH, 0)
             kept = [t for t in range(seen) if not NUM_SINK_TOKENS <= t < NUM_SINK_TOKENS + num_evicted]
-            expected = model(ids[:, kept + list(range(seen, seen + chunk))], use_cache=False).logits[:, -chunk:]
+            expected = model(input_ids=ids[:, kept + list(range(seen, seen + chunk))], use_cache=False).logits[
+                :, -chunk:
+            ]
             worst = max(worst, relative_error(logits, expected))
             seen += chunk
     return worst
@@ -231,6 +293,12 @@ def isolate(model: Any) -> None:
     mixers = [module for module in model.modules() if re.search(MIXERS, type(module).__name__)]
     inner = {id(child) for module in mixers for child in module.modules() if child is not module}
     mixers = [module for module in mixers if id(module) not in inner]
+    ran: set[int] = set()  # those of an image or audio encoder do not
+    hooks = [module.register_forward_hook(lambda module, *_: ran.add(id(module))) for module in mixers]
+    model(input_ids=random_ids(2), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    mixers = [module for module in mixers if id(module) in ran]
     attention = [
         m
         for m in mixers
@@ -259,7 +327,9 @@ def several_layers_error(model: Any) -> float:
     worst = 0.0
     positions = torch.arange(WINDOW_LENGTH)[None]
     for chunk, position_ids in zip(*(x.split([5, 1, 1, 4, 1, 1, 3], dim=1) for x in (ids, positions)), strict=True):
-        logits, expected = (model(chunk, position_ids=position_ids, **{CACHE: x}).logits for x in (cache, dynamic))
+        logits, expected = (
+            model(input_ids=chunk, position_ids=position_ids, **{CACHE: x}).logits for x in (cache, dynamic)
+        )
         worst = max(worst, relative_error(logits, expected))
     cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
     options: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "use_cache": True}
@@ -274,16 +344,23 @@ def several_layers_error(model: Any) -> float:
     return worst
 
 
-def judge(model_type: str) -> dict[str, Any]:
-    """Return the row of a model type."""
+def judge_multimodal(model_type: str) -> dict[str, Any]:
+    """Return the row of a multimodal model type that reads text."""
+    return judge(model_type, AutoModelForMultimodalLM)
+
+
+def judge(model_type: str, auto: Any = AutoModelForCausalLM) -> dict[str, Any]:
+    """Return the row of a model type of the registry `auto`."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.alarm(SECONDS)
     row: dict[str, Any] = {"type": model_type, "verdict": "cannot be built tiny", "layers": "", "error": "", "note": ""}
+    if auto is AutoModelForMultimodalLM:
+        row |= dict.fromkeys(("image", "sound", "mrope", "media error", "features"), "")
     try:
-        row |= _judge(model_type)
+        row |= _judge(model_type, auto)
     except NotImplementedError as error:
         row |= {"verdict": "refused", "note": reason_of(error)}
     except _OutOfTime:
@@ -309,17 +386,19 @@ def _out_of_time(*_: object) -> None:
     raise _OutOfTime
 
 
-def _judge(model_type: str) -> dict[str, Any]:
+def _judge(model_type: str, auto: Any) -> dict[str, Any]:
     try:
-        defaults = CONFIG_MAPPING[model_type]()
+        defaults = default_config(model_type)
     except Exception as error:
         return {"note": re.sub(r"\s+", " ", f"its default config fails: {error}")[:150]}
     if defaults.is_encoder_decoder:
         SinkCache(defaults)
     row: dict[str, Any] = {}
     worst, refusal, is_unproven = 0.0, None, False
+    media: dict[str, Any] = {}
+    failures: list[str] = []
     for layers in (ONE_LAYER, SEVERAL_LAYERS):
-        for model in tiny_models(model_type, layers):
+        for model in tiny_models(model_type, layers, auto, failures):
             try:
                 cache = SinkCache(model.config, WINDOW_LENGTH, NUM_SINK_TOKENS)
             except NotImplementedError as error:
@@ -335,11 +414,15 @@ def _judge(model_type: str) -> dict[str, Any]:
             isolate(model)
             worst = max(worst, one_layer_error(model))
             row = row_of(cache, worst)
+            if auto is AutoModelForMultimodalLM and not media:
+                media = media_row(model)
             break
     check_default_config(defaults, row, refusal)
     if is_unproven and not row:
         row = {"verdict": "unproven", "note": "its logits with a DynamicCache differ from those without a cache"}
-    return row
+    if not row and failures and auto is AutoModelForMultimodalLM:
+        row = {"note": failures[0]}
+    return row | media
 
 
 def row_of(cache: SinkCache, error: float) -> dict[str, Any]:
@@ -352,6 +435,23 @@ def row_of(cache: SinkCache, error: float) -> dict[str, Any]:
         "layers": ", ".join(f"{count} {name}" for name, count in classes.items()),
         "note": "the cache returns tokens in temporal order" if in_order else "",
     }
+
+
+def media_row(model: Any) -> dict[str, Any]:
+    """Return what the row of a multimodal model says of prompts with an image and with sound."""
+    row = {"mrope": "yes" if rope_index_of(model) else "", "media error": "", "features": ""}
+    for kind in ("image", "sound"):
+        try:
+            error, made = media_error(model, kind)
+        except NotImplementedError as refusal:
+            row |= {kind: "refused", "features": str(refusal)}
+            continue
+        row[kind] = made
+        if error is not None:
+            row[kind] = "exact" if error < 1e-3 else "wrong"
+            row["media error"] = max(row["media error"], f"{error:.0e}", key=lambda each: float(each or 0))
+            row["features"] += f"{', ' * bool(row['features'])}{kind}: {made}"
+    return row
 
 
 def check_default_config(defaults: Any, row: dict[str, Any], refusal: NotImplementedError | None) -> None:
@@ -374,7 +474,7 @@ def check_default_config(defaults: Any, row: dict[str, Any], refusal: NotImpleme
         raise refusal
 
 
-def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
+def write_page(results: Results, multimodal: Results) -> None:
     """Write docs/architectures.md from the recorded verdicts. The newest version of transformers comes first."""
     versions = sorted(results, key=_numbers, reverse=True)
     newest = results[versions[0]]
@@ -389,7 +489,27 @@ def write_page(results: dict[str, dict[str, dict[str, str]]]) -> None:
         row = newest.get(model_type) or next(rows[model_type] for rows in results.values() if model_type in rows)
         cells = [model_type, *verdicts, row["layers"], row["error"], row["note"].replace("|", "/")]
         lines.append("| " + " | ".join(cells) + " |")
-    PAGE.write_text("\n".join(lines) + "\n")
+    PAGE.write_text("\n".join(lines + multimodal_table(multimodal)) + "\n")
+
+
+def multimodal_table(results: Results) -> list[str]:
+    """Return the lines of the table of multimodal types, for the newest version that was recorded."""
+    version = max(results, key=_numbers)
+    rows = results[version]
+    lines = [MULTIMODAL_INTRODUCTION, f"With transformers {version}, of {len(rows)} types:", ""]
+    for kind, name in (("text", "verdict"), ("image", "image"), ("sound", "sound")):
+        counts = Counter(row[name] for row in rows.values() if row[name])
+        lines.append(f"- {kind}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+    either = sum("exact" in (row["image"], row["sound"]) for row in rows.values())
+    lines += [f"- exact with an image or with sound: {either}", ""]
+    names = ("verdict", "image", "sound", "mrope", "error", "media error", "features", "note")
+    lines.append(
+        "| model type | text | image | sound | M-RoPE | error, text | error, image or sound | features | note |"
+    )
+    lines.append("|---" * (len(names) + 1) + "|")
+    for model_type, row in sorted(rows.items()):
+        lines.append("| " + " | ".join([model_type, *(row[name].replace("|", "/") for name in names)]) + " |")
+    return lines
 
 
 def _numbers(version: str) -> list[int]:
@@ -400,37 +520,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types to test (default: all)")
     parser.add_argument("--quick", action="store_true", help="test only a few types of each kind")
+    parser.add_argument("--table", choices=["causal", "multimodal"], help="test only the types of one table")
     parser.add_argument("--write", action="store_true", help="record the verdicts and write docs/architectures.md")
     parser.add_argument("--page", action="store_true", help="test nothing; write the page from the recorded verdicts")
     options = parser.parse_args()
     if options.page:
-        write_page(json.loads(RESULTS.read_text()))
+        write_page(recorded(RESULTS), recorded(MULTIMODAL_RESULTS))
         return
-    types = options.types or (QUICK if options.quick else None) or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    rows: dict[str, dict[str, str]] = {}
+    tables: dict[str, tuple[Any, Any, tuple[str, ...], Path]] = {
+        "causal": (judge, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, QUICK, RESULTS),
+        "multimodal": (judge_multimodal, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, QUICK_MULTIMODAL, MULTIMODAL_RESULTS),
+    }
+    complaints: list[str] = []
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=20) as pool:
-        for row in pool.imap_unordered(judge, types):
-            print(" | ".join(str(value) for value in row.values()), flush=True)
-            rows[row.pop("type")] = row
+        for name, (judged, registered, quick, path) in tables.items():
+            if options.table in (None, name):
+                types = [
+                    each for each in options.types or (quick if options.quick else registered) if each in registered
+                ]
+                complaints += sweep(pool.imap_unordered(judged, sorted(types)), path, options.write)
+    if options.write:
+        write_page(recorded(RESULTS), recorded(MULTIMODAL_RESULTS))
+    if complaints:
+        sys.exit("; ".join(complaints))
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+def sweep(judged: Iterator[dict[str, Any]], path: Path, writes: bool) -> list[str]:
+    """Print the rows of a table, record them if told so, and return what is wrong with them."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in judged:
+        print(" | ".join(str(value) for value in row.values()), flush=True)
+        rows[row.pop("type")] = row
+    results = recorded(path)
     # Compare a version without recorded verdicts with the newest recorded version.
-    known = results.get(transformers.__version__) or results[max(results, key=_numbers)]
-    failed = [name for name, row in rows.items() if row["verdict"] in ("wrong", "crash")]
+    known = results.get(transformers.__version__) or (results[max(results, key=_numbers)] if results else {})
+    verdicts = ("verdict", "image", "sound")
+    failed = [name for name, row in rows.items() if {row.get(each) for each in verdicts} & {"wrong", "crash"}]
     worse = [
         name
         for name, row in rows.items()
-        if row["verdict"] != "exact" and known.get(name, {}).get("verdict") == "exact"
+        if any(row.get(each) != "exact" and known.get(name, {}).get(each) == "exact" for each in verdicts)
     ]
-    if options.write:
-        recorded = results.get(transformers.__version__, {})
-        results[transformers.__version__] = {**recorded, **dict(sorted(rows.items()))}
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        write_page(results)
+    if writes:
+        results[transformers.__version__] = {**results.get(transformers.__version__, {}), **dict(sorted(rows.items()))}
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     counts = Counter(row["verdict"] for row in rows.values())
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))
-    if failed or worse:
-        sys.exit(f"wrong or crashed: {', '.join(failed) or 'none'}; worse than before: {', '.join(worse) or 'none'}")
+    complaints = {"wrong or crashed": failed, "worse than before": worse}
+    return [f"{what}: {', '.join(names)}" for what, names in complaints.items() if names]
+
+
+def recorded(path: Path) -> Results:
+    """Return the recorded verdicts by version of transformers and model type."""
+    results: Results = json.loads(path.read_text()) if path.exists() else {}
+    return results
 
 
 if __name__ == "__main__":

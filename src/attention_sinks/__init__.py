@@ -1,4 +1,4 @@
-"""A KV cache of constant size with attention sinks, for endless generation with Hugging Face language models."""
+"""A KV cache of constant size with attention sinks: Hugging Face models, text or multimodal, generate without end."""
 
 from .cache import SinkCache
 from .dropin import disable_attention_sinks, enable_attention_sinks

@@ -321,7 +321,8 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
             text_positions = cache.text_positions(new).expand(3, -1, -1)
             inputs["position_ids"] = text_positions if positions is None else positions[:, :, :-1]
         else:
-            _lower_positions(cache, inputs, seen, new, can_lower(generating), is_checked)
+            counted = kwargs.get("position_ids")
+            _lower_positions(cache, inputs, counted, seen, new, can_lower(generating), is_checked)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs  # type: ignore[no-any-return]
@@ -330,9 +331,11 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
 
 
 def _lower_positions(
-    cache: SinkCache, inputs: dict[str, Any], seen: int, new: Tensor, can_lower: bool, is_checked: bool
+    cache: SinkCache, inputs: dict[str, Any], counted: Any, seen: int, new: Tensor, can_lower: bool, is_checked: bool
 ) -> None:
     """Give the model the positions of `new` tokens after `seen` ones as the cache counts them.
+
+    `counted`: the positions of the text so far as `generate` counts them, before the model makes its own of them.
 
     Raises:
         RuntimeError: if `generate` counts otherwise, or the model takes no positions that must be lowered.
@@ -345,7 +348,8 @@ def _lower_positions(
         known_rows = ours.num_rows or num_rows
         last = ours.true_positions(seen + new.shape[1] - 1, positions[:known_rows, :1])
         last = last.repeat_interleave(num_rows // known_rows, dim=0)
-        if positions.shape[1] != new.shape[1] or not torch.equal(positions[:, -1:], last):
+        counted = positions if counted is None or counted.ndim != 2 else counted
+        if positions.shape[1] != new.shape[1] or not torch.equal(counted[:, -1:], last):
             raise DriftError(
                 f"`generate` gives {new.shape[1]} tokens after {seen} the positions {positions.tolist()!s:.80}"
             )

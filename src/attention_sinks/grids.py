@@ -35,6 +35,9 @@ def grid_positions(model: Any, cache: SinkCache, text: Text, arguments: dict[str
     Returns:
         `[num_axes, batch_size, text.num_new + 1]`, from 0 in each row: `rope_deltas`, which the model keeps, may be
         those of another stream. The last position is that of text that would follow.
+
+    Raises:
+        NotImplementedError: naming the argument, for a model that must be given positions by the cache.
     """
     rope_index = rope_index_of(model)
     if rope_index is None:
@@ -42,8 +45,14 @@ def grid_positions(model: Any, cache: SinkCache, text: Text, arguments: dict[str
     taken = inspect.signature(rope_index).parameters
     given = {name: arguments[name] for name in taken if arguments.get(name) is not None}
     token_types = given.get("mm_token_type_ids")
-    if not given.keys() - _NOT_GRIDS or ("mm_token_type_ids" in taken and token_types is None):
+    grids = sorted(given.keys() - _NOT_GRIDS)
+    if not grids or ("mm_token_type_ids" in taken and token_types is None):
         return None
+    if cache.needs_temporal_order:
+        raise NotImplementedError(
+            f"`{grids[0]}` is not supported with this {model.config.model_type!r} model: its indexer pools the keys of "
+            "neighbours, and finds them by the number of tokens. Text alone is supported."
+        )
     new = text.input_ids[:, -text.num_new :]
     mask = cache.token_positions.mask(cache.get_seq_length(), new)
     given |= {"input_ids": pad(new, (0, 1)), "attention_mask": pad(mask, (0, 1), value=1)}

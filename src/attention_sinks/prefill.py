@@ -117,7 +117,8 @@ def run_pass(
     arguments = {**model_kwargs, **with_cache(model.forward, cache), "use_cache": True}
     if takes_positions(model):
         text = cache.text_positions(input_ids)
-        arguments["position_ids"] = text if rope_index_of(model) is None else text.expand(3, -1, -1)
+        has_grids = rope_index_of(model) is not None
+        arguments["position_ids"] = text.expand(3, -1, -1) if has_grids else text + first_position(model)
     elif positions.offset > 0:
         raise DriftError("the model takes no `position_ids`, by which positions are lowered")
     with cache.watch.watching(), cache.announced(query_length, windowed) as plan:
@@ -244,6 +245,16 @@ def asks_for_masks(model: PreTrainedModel) -> bool:
 def takes_positions(model: PreTrainedModel) -> bool:
     """Return True if a model takes `position_ids`."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def first_position(model: Any) -> int:
+    """Return the position that a model gives the first token under `generate`: PaliGemma counts from 1."""
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        inputs = model.prepare_inputs_for_generation(zero, attention_mask=zero + 1, position_ids=zero)
+        return int(inputs["position_ids"].max())
+    except Exception:  # it needs more than text, or gives no positions
+        return 0
 
 
 def last_logits_only(model: PreTrainedModel) -> dict[str, Any]:

@@ -2,33 +2,25 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import files
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
-from .compat import DriftError
 from .fields import NoneType, checked
-from .generate import ASSISTED, check_arguments, sink_generate
 from .inputs import check_vocabulary
+from .messages import Message, MessageWriter, checked_media
 from .models import unwrapped
-from .prefill import check_model, last_logits_only, sink_prefill
+from .passes import Passes
+from .prefill import check_model
 from .prompt import GenerationSettings
-from .streaming import AnswerCriteria, Detokenizer, Emit, TokenStreamer, Worker, compile_permission
-from .template import ChatTemplate, encode, length_of_system
+from .streaming import Detokenizer, Emit, Worker
+from .template import length_of_system
 from .transcript import FIELDS, Transcript, fingerprint, vocabulary
-
-# The arguments of `generate` that the session gives itself.
-_OWN_ARGUMENTS = {
-    "attention_mask", "cache", "cache_implementation", "custom_generate", "input_ids", "inputs", "inputs_embeds",
-    "max_length", "min_length", "past_key_values", "position_ids", "prefill_chunk_size", "return_dict_in_generate",
-    "streamer", "use_cache",
-}  # fmt: skip
 
 # What a file holds of a session, and of which types.
 _FIELDS: dict[str, tuple[type, ...]] = {"model": (str,), "tokenizer": (str,), "system": (str, NoneType), **FIELDS}
@@ -45,10 +37,10 @@ class SinkSession:
 
     Args:
         model: a causal language model, also one that `torch.compile`, PEFT or data parallelism wraps.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; or its processor, for messages with images, videos or sound.
         window_length: the most tokens that the model sees.
         num_sink_tokens: how many of the first tokens are never evicted.
-        system: a system prompt, for a tokenizer with a chat template.
+        system: a system prompt, if there is a chat template.
         keep_system_prompt: make all tokens before the first message sinks, the system prompt's among them.
 
     Raises:
@@ -71,23 +63,29 @@ class SinkSession:
         system: str | None = None,
         keep_system_prompt: bool = True,
     ) -> None:
-        config, template = _check_parts(model, tokenizer, system)
+        config, writer = _check_parts(model, tokenizer, system)
         if system is not None and keep_system_prompt:
-            num_sink_tokens = max(num_sink_tokens, length_of_system(tokenizer, template, window_length))
-        self._bind(model, tokenizer, template, Transcript(SinkCache(config, window_length, num_sink_tokens)))
-        self._check_readable([])
+            length = length_of_system(writer.tokenizer, writer.template, window_length)
+            num_sink_tokens = max(num_sink_tokens, length)
+        self._bind(model, writer, Transcript(SinkCache(config, window_length, num_sink_tokens)))
+        self._check_readable(Message([]))
 
-    def _bind(self, model: Any, tokenizer: Any, template: ChatTemplate, transcript: Transcript) -> None:
+    def _bind(self, model: Any, writer: MessageWriter, transcript: Transcript) -> None:
         self.model = model
-        self.tokenizer = tokenizer
-        self._template = template
+        self.tokenizer = writer.tokenizer
+        self._writer = writer
         self._transcript = transcript
         self._worker = Worker()
 
     @property
     def system(self) -> str | None:
         """The system prompt."""
-        return self._template.system
+        return self._writer.template.system
+
+    @property
+    def processor(self) -> Any:
+        """The processor of the model, or None if the session was made with a tokenizer."""
+        return self._writer.processor
 
     @property
     def cache(self) -> SinkCache:
@@ -132,7 +130,7 @@ class SinkSession:
         Args:
             path: of the file.
             model: the model of the session; the first values of each weight are compared.
-            tokenizer: its tokenizer, with the same vocabulary.
+            tokenizer: its tokenizer, with the same vocabulary, or its processor.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -144,16 +142,16 @@ class SinkSession:
             >>> session = SinkSession.load("chat.safetensors", model, tokenizer)
         """
         state = checked(files.read(path, "session"), _FIELDS, "a session")
-        config, template = _check_parts(model, tokenizer, state["system"])
+        config, writer = _check_parts(model, tokenizer, state["system"])
         inner = unwrapped(model)
         # In a model that accelerate placed, each layer of the cache goes where it was, otherwise to the model's device.
         is_placed = getattr(inner, "hf_device_map", None) or inner.device.type == "meta"
         device = None if is_placed else inner.device
         transcript = Transcript.from_state(state, config, device)
-        _check_owner(state, path, model=fingerprint(inner), tokenizer=vocabulary(tokenizer))
+        _check_owner(state, path, model=fingerprint(inner), tokenizer=vocabulary(writer.tokenizer))
         session = cls.__new__(cls)
-        session._bind(model, tokenizer, template, transcript)
-        session._check_readable([])
+        session._bind(model, writer, transcript)
+        session._check_readable(Message([]))
         return session
 
     def fork(self) -> Self:
@@ -167,7 +165,7 @@ class SinkSession:
         """
         fork = type(self).__new__(type(self))
         with self._worker.paused():
-            fork._bind(self.model, self.tokenizer, self._template, self._transcript.fork())
+            fork._bind(self.model, self._writer, self._transcript.fork())
         return fork
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -182,26 +180,40 @@ class SinkSession:
             "`save(path)`, and resume it by `SinkSession.load(path, model, tokenizer)`; within a process, `fork()` it."
         )
 
-    def feed(self, text: str) -> int:
-        """Read a text of any length, each token with exactly its own window, and return its number of tokens.
+    def feed(
+        self,
+        text: str | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+    ) -> int:
+        """Read images, videos, sound, and a text of any length, and return the number of their tokens.
 
-        With a chat template the text is the beginning of the next message, without one it stands for itself. A text
-        longer than the window shows a progress bar. After an interrupt the session keeps what it has read.
+        With a chat template they are the beginning of the next message, without one a text stands for itself. Each
+        token of a text has exactly its own window; one longer than the window shows a progress bar. After an interrupt
+        the session keeps what it has read.
+
+        Args:
+            text: a text, which may be left out beside images, videos or sound.
+            images, videos, audio: see `chat`.
 
         Raises:
-            TypeError, ValueError: if `text` is not a string, or is empty.
+            TypeError, ValueError: naming the argument and its value, before anything is read.
         """
-        _check_text("text", text)
-        tokens, num_before = self._worker.call(self._tokens_of_text, text)
-        transcript = self._transcript
-        first = transcript.num_tokens - transcript.ended + num_before
-        unread = len(transcript.ids) - transcript.ended + len(tokens) - 1 - transcript.num_read
+        media = checked_media(images=images, videos=videos, audio=audio)
+        if text is not None or not media:
+            _check_text("text", text)
+        message, transcript = self._worker.call(self._prepare_beginning, text, media), self._transcript
+        first = transcript.num_tokens - transcript.ended + message.num_before
+        unread = len(transcript.ids) - transcript.ended + len(message.ids) - 1 - transcript.num_read
 
         def produce(emit: Emit) -> None:
             with transcript.appending():
-                transcript.append_turn("user", tokens)
                 try:
-                    self._read_in_chunks(emit)
+                    if self._passes.read_at_once(message, emit):
+                        transcript.append_turn("media" if text is None else "user", message.rest)
+                        self._passes.read_in_chunks(emit)
                 finally:
                     del transcript.ids[max(transcript.num_read + 1, first - transcript.forgotten) :]
 
@@ -213,7 +225,15 @@ class SinkSession:
                 bar.update(count)
         return transcript.num_tokens - first
 
-    def chat(self, message: str, **generate_kwargs: Any) -> Generator[str]:
+    def chat(
+        self,
+        message: str,
+        *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> Generator[str]:
         """Answer a message, in pieces of text as they are generated.
 
         The model reads the tokens that the chat template gives for the whole conversation; a message longer than the
@@ -222,6 +242,9 @@ class SinkSession:
 
         Args:
             message: what the user says.
+            images: the images of the message, which stand before its text: of PIL, arrays or tensors.
+            videos: its videos: lists of frames, arrays or tensors.
+            audio: its sounds: arrays or tensors with the sampling rate of the processor.
             generate_kwargs: of `generate`: `do_sample`, `temperature`, `max_new_tokens`, ... Logits processors and
                 stopping criteria get the latest tokens of the stream, not all of them.
 
@@ -229,10 +252,13 @@ class SinkSession:
             TypeError, ValueError: naming the argument and its value, before anything is read.
         """
         _check_text("message", message)
-        tokens = self._worker.call(self._tokens_of_message, message, generate_kwargs)
+        media = checked_media(images=images, videos=videos, audio=audio)
+        unread = self._worker.call(self._prepare_message, message, media, generate_kwargs)
 
-        def begin() -> Detokenizer:
-            self._transcript.append_turn("assistant", tokens)
+        def begin(emit: Emit) -> Detokenizer | None:
+            if not self._passes.read_at_once(unread, emit):
+                return None
+            self._transcript.append_turn("assistant", unread.rest)
             return Detokenizer(self.tokenizer)
 
         return self._pieces(generate_kwargs, begin)
@@ -249,141 +275,71 @@ class SinkSession:
         self._worker.call(self._prepare_to_continue, generate_kwargs)
         transcript = self._transcript
 
-        def begin() -> Detokenizer:
+        def begin(emit: Emit) -> Detokenizer:
             transcript.ended = False
             return Detokenizer(self.tokenizer, transcript.ids[-8:])
 
         return self._pieces(generate_kwargs, begin)
 
+    @property
+    def _passes(self) -> Passes:
+        return Passes(self.model, self._transcript)
+
     # Before anything is read, on the worker's thread
 
-    def _tokens_of_text(self, text: str) -> tuple[list[int], int]:
-        """Return the tokens of a text that is fed, and how many of them stand before it."""
-        transcript, before, bos = self._transcript, "", []
-        is_first = not transcript.ids
-        if self._template.exists and transcript.turn != "user":
-            before = self._template.before_message(is_first)
-        elif is_first and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
-            is_first, bos = False, [self.tokenizer.bos_token_id]
-        num_before = len(bos) + len(encode(self.tokenizer, before, is_first))
-        tokens = [*bos, *encode(self.tokenizer, before + text, is_first)]
-        self._check_readable(tokens)
-        return tokens, num_before
+    def _prepare_beginning(self, text: str | None, media: dict[str, list[Any]]) -> Message:
+        """Return the beginning of a message that can be read."""
+        message = self._writer.beginning(unwrapped(self.model), self._transcript, text, media)
+        self._check_readable(message)
+        return message
 
-    def _tokens_of_message(self, message: str, generate_kwargs: dict[str, Any]) -> list[int]:
-        """Return the tokens of a message, up to the beginning of the answer."""
-        is_first = not self._transcript.ids
-        if self._transcript.turn == "user":  # after `feed`
-            text = "\n\n" + message + self._template.after_message(is_first)
-        else:
-            text = self._template.turn(message, is_first)
-        tokens = encode(self.tokenizer, text, is_first)
-        self._prepare(tokens, generate_kwargs)
-        return tokens
+    def _prepare_message(self, text: str, media: dict[str, list[Any]], generate_kwargs: dict[str, Any]) -> Message:
+        """Return a message that can be read and answered."""
+        message = self._writer.whole(unwrapped(self.model), self._transcript, text, media)
+        self._prepare(message, generate_kwargs)
+        return message
 
     def _prepare_to_continue(self, generate_kwargs: dict[str, Any]) -> None:
         """Let there be an unread token."""
-        if not self._transcript.ids:
+        transcript = self._transcript
+        if not transcript.ids:
             raise ValueError("There is nothing to continue: `feed(text)` first, or `chat(message)`.")
-        self._prepare([], generate_kwargs)
-        self._transcript.take_back_last()
+        placeholders = self._writer.placeholders(unwrapped(self.model))
+        if transcript.num_read == len(transcript.ids) and transcript.ids[-1] in placeholders:
+            raise ValueError("There is no text to continue after an image: `feed(text)` first, or `chat(message)`.")
+        self._prepare(Message([]), generate_kwargs)
+        transcript.take_back_last()
 
-    def _check_readable(self, tokens: list[int]) -> None:
-        """Check that the model can read what is unread, and `tokens` after it."""
+    def _check_readable(self, message: Message) -> None:
+        """Check that the model can read what is unread, and a message after it."""
         inner, transcript = unwrapped(self.model), self._transcript
         check_model(inner, self.cache)
-        unread = [*transcript.ids[transcript.num_read :], *tokens]
-        check_vocabulary("tokenizer(text)", torch.tensor([unread], dtype=torch.long), inner)
-        transcript.check_room(len(unread))
+        unread = transcript.ids[transcript.num_read :]
+        texts = [*unread, *message.ids[: message.at_once.start], *message.rest]
+        check_vocabulary("tokenizer(text)", torch.tensor([texts], dtype=torch.long), inner)
+        transcript.check_room(len(unread) + len(message.ids))
 
-    def _prepare(self, tokens: list[int], generate_kwargs: dict[str, Any]) -> None:
-        """Complete the arguments of an answer to `tokens`, and check them."""
-        self._check_readable(tokens)
+    def _prepare(self, message: Message, generate_kwargs: dict[str, Any]) -> None:
+        """Complete the arguments of an answer to a message, and check them."""
+        self._check_readable(message)
         inner = unwrapped(self.model)
         if GenerationSettings(inner, generate_kwargs)["stop_strings"] is not None:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
-        _check_generate(inner, self.cache, self._tensor([*self._transcript.ids, *tokens]), generate_kwargs)
+        self._passes.check_generate(message.ids, generate_kwargs)
 
     # Reading and generating, on the worker's thread
 
-    def _pieces(self, generate_kwargs: dict[str, Any], begin: Callable[[], Detokenizer]) -> Generator[str]:
+    def _pieces(self, generate_kwargs: dict[str, Any], begin: Callable[[Emit], Detokenizer | None]) -> Generator[str]:
         def produce(emit: Emit) -> None:
+            def nothing(count: int) -> bool:
+                return emit("")
+
             with self._transcript.appending():
-                detokenizer = begin()
-                if self._read_in_chunks(lambda count: emit("")):
-                    self._generate_parts(generate_kwargs, detokenizer, emit)
+                detokenizer = begin(nothing)
+                if detokenizer is not None and self._passes.read_in_chunks(nothing):
+                    self._passes.generate(generate_kwargs, self.tokenizer, detokenizer, emit)
 
         return self._worker.iterate(produce)
-
-    def _read_in_chunks(self, emit: Emit) -> bool:
-        """Read all tokens but the last one, and emit how many at a time. Return True if all were read."""
-        transcript, one_logit = self._transcript, last_logits_only(unwrapped(self.model))
-        while (unread := len(transcript.ids) - 1 - transcript.num_read) > 0:
-            transcript.compact()
-            seen = transcript.num_read
-            block = self._tensor(transcript.ids[seen : seen + min(unread, self.cache.window_length)])
-            for _ in sink_prefill(self.model, block, self.cache, **one_logit):
-                before, seen = seen, transcript.num_read
-                if not emit(seen - before):
-                    return False
-        return True
-
-    def _generate_parts(self, generate_kwargs: dict[str, Any], detokenizer: Detokenizer, emit: Emit) -> None:
-        """Generate until the model, a stopping criterion or the reader ends the answer, and emit its text.
-
-        Each call of `generate` makes a part of at most a window: it keeps all its tokens and their mask.
-        """
-        transcript, settings = self._transcript, GenerationSettings(unwrapped(self.model), generate_kwargs)
-        most, least = settings["max_new_tokens"], settings["min_new_tokens"] or 0
-        ends = settings["eos_token_id"]
-        ends = ends if isinstance(ends, list | tuple) else [ends]
-        criteria = AnswerCriteria(settings, self.tokenizer)
-
-        def take(tokens: list[int]) -> None:
-            transcript.ids.extend(tokens)
-            if not emit(detokenizer.push(tokens)):
-                criteria.reader_left = True
-
-        generated = 0
-        while not criteria.met and (most is None or generated < most):
-            transcript.compact()
-            length = self.cache.window_length if most is None else min(self.cache.window_length, most - generated)
-            arguments = {
-                **generate_kwargs,
-                "max_new_tokens": length,
-                "min_new_tokens": min(length, max(least - generated, 0)),
-                "stopping_criteria": StoppingCriteriaList([criteria]),
-                "streamer": TokenStreamer(take),
-            }
-            new = self._generate_part(arguments)
-            generated += new
-            transcript.ended = transcript.ids[-1] in ends
-            if new < length or transcript.ended:
-                break
-        if (rest := detokenizer.flush()) and not criteria.reader_left:
-            emit(rest)
-
-    def _generate_part(self, arguments: dict[str, Any]) -> int:
-        """Call `generate` once, and return the number of new tokens."""
-        transcript, before = self._transcript, self.tokens_seen
-        input_ids = self._tensor(transcript.ids)
-        with compile_permission(unwrapped(self.model)) as permitted:
-            if not permitted:
-                arguments["disable_compile"] = True
-            mask = torch.ones_like(input_ids)
-            sink_generate(self.model, input_ids, attention_mask=mask, cache=self.cache, **arguments)
-        new = self.tokens_seen - before
-        if transcript.num_read != len(transcript.ids) - 1:
-            raise DriftError(
-                f"`generate` handed out {new} tokens after {before}, and the cache counts "
-                f"{transcript.forgotten + transcript.num_read}"
-            )
-        return new
-
-    def _tensor(self, tokens: list[int]) -> Tensor:
-        device = unwrapped(self.model).device
-        # The weights of an offloaded model are on no device; accelerate moves inputs to where they are needed.
-        return torch.tensor([tokens], device="cpu" if device.type == "meta" else device)
 
 
 def _check_owner(state: dict[str, Any], path: str | os.PathLike[str], **ours: str) -> None:
@@ -393,40 +349,16 @@ def _check_owner(state: dict[str, Any], path: str | os.PathLike[str], **ours: st
             raise ValueError(f"`{name}` must be that of the session in {os.fspath(path)!r}: {what} are not the same.")
 
 
-def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, ChatTemplate]:
-    """Check what a session is made of; return the config of the model, and the template."""
-    inner, template = unwrapped(model), ChatTemplate(tokenizer, system)
+def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTrainedConfig, MessageWriter]:
+    """Check what a session is made of; return the config of its text, and what writes its messages."""
+    inner, writer = unwrapped(model), MessageWriter(tokenizer, system)
     if not isinstance(inner, GenerationMixin):
         raise TypeError(f"`model` must be a model that can generate, got {type(inner).__name__}.")
     if system is not None:
         _check_text("system", system)
-    template.check()
-    return inner.config, template
-
-
-def _check_generate(model: Any, cache: SinkCache, input_ids: Tensor, generate_kwargs: dict[str, Any]) -> None:
-    """Refuse the arguments of an answer to `input_ids` that a session or `generate` cannot take.
-
-    Raises:
-        TypeError, ValueError: naming the argument and its value.
-    """
-    for name in sorted(generate_kwargs.keys() & _OWN_ARGUMENTS):
-        remedy = f" Bound an answer by `{name[:3]}_new_tokens`." if name.endswith("_length") else ""
-        raise TypeError(f"`{name}` must be left out, got {generate_kwargs[name]!r:.80}: the session sets it.{remedy}")
-    settings = GenerationSettings(model, generate_kwargs)
-    for name in ("guidance_scale", "num_beams", "num_return_sequences"):
-        if settings[name] not in (None, 1):
-            raise ValueError(f"`{name}` must be 1, got {settings[name]}: a session is one stream.")
-    for name in ASSISTED:
-        if settings[name] is not None:
-            raise ValueError(
-                f"`{name}` must be left out, got {settings[name]!r:.80}: sessions generate token by token."
-            )
-    most = settings["max_new_tokens"]
-    if not isinstance(most, int | None):
-        raise TypeError(f"`max_new_tokens` must be an int, got {most!r}.")
-    bounded = {**generate_kwargs, "max_new_tokens": cache.window_length if most is None else most}
-    check_arguments(model, input_ids, cache, bounded)
+    writer.template.check()
+    writer.check(inner, "system", system, {})
+    return inner.config.get_text_config(decoder=True), writer
 
 
 def _check_text(name: str, text: object) -> None:

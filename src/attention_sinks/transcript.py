@@ -30,7 +30,7 @@ class Transcript:
         cache: what was read.
         ids: the tokens that the cache counts, then the unread ones: at least one, unless an error ended an answer.
         forgotten: how many tokens before these were evicted.
-        turn: whose turn the next token belongs to.
+        turn: whose turn the next token belongs to: "user", "assistant", or "media", the user's so far ending in images.
         ended: True if the last token is the one by which the model ended its answer.
     """
 

@@ -87,6 +87,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # early transformers 5, if offloaded
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapped_model_computes_what_it_does_without(wrap: Any, process_group: None) -> None:
     model, ids = tiny(), random_ids(40)

@@ -19,6 +19,7 @@ from attention_sinks import load
 from hub.build import build as build_hub
 
 from ..support.distributed import SHARED
+from ..support.processors import frame
 from ..support.programs import COMMAND, ENVIRONMENT, ROOT
 from ..support.tokenizer import byte_tokenizer, chat_model
 
@@ -65,6 +66,9 @@ def test_the_python_of_a_page_runs(
     page: Path, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for the files that it saves
+    if page.name == "images.md":
+        small["model"], small["processor"] = load.tiny_vision_model()
+        small["frames"] = [frame(number) for number in range(20)]
     build_hub(tmp_path / "hub")
     for block in blocks(page, "python"):
         code = block.replace('"<this repository>"', repr(str(tmp_path / "hub")))
@@ -138,7 +142,8 @@ def test_an_example_runs(
     for auto, instance in zip((AutoModelForCausalLM, AutoTokenizer), loaded, strict=True):
         monkeypatch.setattr(auto, "from_pretrained", lambda name, instance=instance, **options: instance)
     build_hub(tmp_path / "hub")
-    monkeypatch.setattr(sys, "argv", [str(example), *([str(tmp_path / "hub")] if example.name == "hub.py" else [])])
+    arguments = {"hub.py": [str(tmp_path / "hub")], "pictures.py": ["--tiny"], "video.py": ["--tiny"]}
+    monkeypatch.setattr(sys, "argv", [str(example), *arguments.get(example.name, [])])
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
     runpy.run_path(str(example), run_name="__main__")
     printed = capsys.readouterr().out

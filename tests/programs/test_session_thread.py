@@ -302,7 +302,7 @@ def test_two_sessions_at_once_do_not_share_cuda_graphs(model: Any, monkeypatch: 
         disabled.append(kwargs.get("disable_compile", False))
         return sink_generate(*args, **kwargs)
 
-    monkeypatch.setattr("attention_sinks.session.sink_generate", generate)
+    monkeypatch.setattr("attention_sinks.passes.sink_generate", generate)
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.13.0"))
     one, other = (SinkSession(model, byte_tokenizer(), 16) for _ in range(2))
     answer = open_answer(one)

@@ -49,17 +49,21 @@ STARTS_AT_TEXT = [name for name in GRID_MODELS if name != "qwen2_5_vl" or RECORD
 
 
 @cache
-def grid_model(name: str) -> Any:
-    """Return a model with one text layer: the states of a token then depend on that token alone."""
+def grid_model(name: str, tokens: tuple[int, int, int, int] = (IMAGE, VIDEO, START, END), **changes: Any) -> Any:
+    """Return a model with one text layer: the states of a token then depend on that token alone.
+
+    `tokens`: those of images, of videos, and around both. `changes`: of its text.
+    """
     class_name, text, tower = _KINDS[name]
+    image, video, start, end = tokens
     model_class: Any = getattr(transformers, class_name)
     config = model_class.config_class(
-        text_config={**_TEXT, "rope_parameters": _ROPE, **text},
+        text_config={**_TEXT, "rope_parameters": _ROPE, **text, **changes},
         vision_config={**_TOWER, **tower},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def grid_model(name: str) -> Any:
         for parameter_name, weight in model.named_parameters():
             if weight.ndim > 1 and "visual" not in parameter_name:
                 weight.mul_(4)  # default weights make attention so flat that a wrong position hardly shows
-    model.generation_config.suppress_tokens = [IMAGE, VIDEO, START, END]
+    model.generation_config.suppress_tokens = [*tokens]
     return model
 
 
@@ -130,7 +134,7 @@ def coordinates(model: Any, input_ids: Tensor, *turns: dict[str, Any]) -> Tensor
         for name in ("image_grid_thw", "video_grid_thw")
         if any(name in turn for turn in turns)
     }
-    types = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
+    types = (input_ids == model.config.image_token_id).int() + 2 * (input_ids == model.config.video_token_id).int()
     positions: Tensor = model.model.get_rope_index(input_ids, mm_token_type_ids=types, **given)[0]
     return positions
 

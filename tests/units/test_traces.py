@@ -75,7 +75,11 @@ def test_no_model_type_draws_from_a_global_generator() -> None:
     assert [config.model_type for config in text_configs().values() if draws(config)] == []
 
 
-@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode], ids=str)
+@pytest.mark.parametrize(
+    "mode",
+    [FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode],
+    ids=["fake", "on meta", "inference"],
+)
 def test_a_first_cache_measures_the_same_in_whatever_mode_the_caller_is(mode: Any) -> None:
     config = LlamaConfig(num_hidden_layers=2)
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     BigBirdConfig,
+    ChameleonConfig,
+    CsmConfig,
     DeepseekV3Config,
     DiffLlamaConfig,
+    Ernie4_5_VLMoeTextConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -202,6 +205,30 @@ def test_sizes_of_0_are_kept_since_they_stand_for_no_part() -> None:
     small: Any = shrink(MixtralConfig(**sizes))
     assert (small.shared_expert_intermediate_size, small.moe_intermediate_size) == (0, 32)
     assert (small.num_local_experts, small.num_experts_per_tok) == (4, 2)
+
+
+def test_tokens_of_images_are_left_out_since_a_twin_reads_text() -> None:
+    for vocabulary in (None, {"<image>": 9000, "IMGIMGA": 4}):
+        assert derive_positions(ChameleonConfig(vocabulary_map=vocabulary, num_hidden_layers=1), [0]).rotations
+
+
+def test_frequencies_may_be_kept_in_another_order_than_that_of_their_use() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]}
+    config = Ernie4_5_VLMoeTextConfig(**sizes, rope_parameters=rope, moe_num_experts=2, mlp_layer_types=["dense"])
+    rotation = derive_positions(config, [0]).rotations[0]
+    assert rotation is not None
+    assert torch.equal(rotation.inv_freq, rotation.inv_freq.sort(descending=True).values)
+
+
+def test_a_model_of_codebooks_is_refused_at_once() -> None:
+    with pytest.raises(NotImplementedError, match="more than one id"):
+        derive_positions(CsmConfig(), [0])
 
 
 def test_layers_keep_their_own_sizes_as_lists() -> None:

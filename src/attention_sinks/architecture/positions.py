@@ -54,6 +54,7 @@ REASON_NO_CACHE = "it takes no KV cache."
 REASON_NO_HEADS = "its config names no attention heads."
 REASON_OWN_CACHE = "it accepts only a cache class of its own."
 REASON_OWN_STATE = "it keeps a state in the model itself, where no cache can store or bound it."
+REASON_POOLS = "its indexer pools the keys of neighbours, and tokens become others' neighbours when one is evicted."
 REASON_WHOLE_STREAM = "it needs a key for every token seen, and fails with a cache that holds fewer."
 REASON_UNMEASURED = f"its positions could not be measured on a small random twin ({{error}}). {REASON_HOW_TO_STATE}"
 
@@ -161,6 +162,8 @@ def _measure(key: _ConfigKey) -> _Measured | Refusal:
     names = {*config.to_dict(), *config.attribute_map}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and "num_attention_heads" not in names:
         return Refusal(REASON_NO_HEADS if names_cache(find_model_class(config)) else REASON_NO_CACHE)
+    if getattr(config, "index_kpool", None):
+        return Refusal(REASON_POOLS)
     return on_one_cpu(lambda: _measure_twins(config))
 
 
@@ -411,8 +414,10 @@ def _frequencies(model: PreTrainedModel) -> list[Tensor]:
             inv_freq = _frequencies_of_table(buffer)
         else:
             continue
-        if not any(torch.equal(inv_freq, other) for other in frequencies):
-            frequencies.append(inv_freq)
+        # ERNIE 4.5 VL keeps them in another order, and brings them in that of their size where they are used.
+        for ordered in (inv_freq, inv_freq.sort(descending=True).values):
+            if not any(torch.equal(ordered, other) for other in frequencies):
+                frequencies.append(ordered)
     return frequencies
 
 

@@ -107,7 +107,8 @@ class Twin:
                     if _has_indexer(layer):
                         layer.indexer_keys = layer.indexer_keys.flip(1)
         logits: Tensor = output["logits" if "logits" in output else "last_hidden_state"][:, -1]
-        return logits
+        # Some models mask tokens that they must not generate (Chameleon): nothing else would be seen beside these.
+        return logits.masked_fill(logits <= torch.finfo(logits.dtype).min, 0)
 
     def compare_layers(self, positions: list[int]) -> None:
         """Compare what layers of one kind compute for tokens at `positions`.
@@ -181,6 +182,7 @@ def build_twin(
 
     Raises:
         ValueError: if the twin would have more than `MAX_TWIN_WEIGHTS` weights.
+        TypeError: if the model does not read token ids.
         Exception: whatever the code of a model raises on sizes that it does not support.
     """
     config = resize(shrink(config))
@@ -188,6 +190,8 @@ def build_twin(
 
     def build() -> PreTrainedModel:
         model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
+        if not hasattr(model.get_input_embeddings(), "weight"):
+            raise TypeError("a token is more than one id")  # that of CSM is one of each of its codebooks
         return model
 
     left_out = LeftOut()
@@ -317,6 +321,8 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     if getattr(config, "mamba_d_ssm", None):  # Falcon-H1 says it three times: one head for each group
         config.mamba_n_heads = config.mamba_n_groups
         config.mamba_d_ssm = config.mamba_n_heads * config.mamba_d_head
+    if hasattr(config, "vocabulary_map"):  # from tokens of images to ids of the whole vocabulary, or None
+        config.vocabulary_map = {}
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
