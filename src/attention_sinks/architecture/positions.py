@@ -306,21 +306,14 @@ class _Probe:
         return limit * 9 // 10
 
     def _first_change(self) -> int:
-        """Return the first position of a changed behaviour by bisection: unchanged at 1, changed at the last one.
-
-        Of a slope, which has no first position, return one where it is just seen.
-        """
-        unchanged, changed, is_jump = 1, LAST_POSITION - 1, False
+        """Return the first position of a changed behaviour by bisection: unchanged at 1, changed at the last one."""
+        unchanged, changed = 1, LAST_POSITION - 1
         # Most often it is a length that the config names.
         guesses = [guess for length in _lengths(self.twin.model.config) for guess in (length - 1, length)]
         while changed - unchanged > 1:
             middle = guesses.pop() if guesses else (unchanged + changed) // 2
             if not unchanged < middle < changed:
                 continue
-            if not is_jump and changed - unchanged < changed // 64:
-                is_jump = not self.is_unchanged_at(changed, 2 * self.tolerance)
-                if not is_jump:
-                    break
             if self.is_unchanged_at(middle):
                 unchanged = middle
             else:
