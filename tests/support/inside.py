@@ -150,6 +150,8 @@ def shown_by_twin(config: PreTrainedConfig, every_layer: bool) -> tuple[dict[str
 
     with isolated():
         twin = build_twin(config, RESIZES[0], every_layer)
+        if not every_layer:
+            twin.copied().compare_layers([0, 1])
         measured: Any = positions_module._measure_twin(twin, twin_module.PROBE_LENGTH)
     assert not twin.left_out.differ
     shown = dict(vars(measured))

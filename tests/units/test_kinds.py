@@ -60,6 +60,11 @@ class StoringByIndex(Layer):
         return after
 
 
+class WithOffset(Layer):
+    def forward(self, hidden_states: Tensor, cache: Any, shift: Any = 0) -> Tensor:
+        return super().forward(hidden_states, cache[NUM_LAYERS:], shift)
+
+
 class Elsewhere(Layer):
     def forward(self, hidden_states: Tensor, cache: Any, shift: Any = 0) -> Tensor:
         cache[NUM_LAYERS - 1].keys = hidden_states
@@ -70,6 +75,18 @@ class Place:
     """A layer of a cache."""
 
     keys: Tensor | None = None
+
+
+class TwoStacks(nn.Module):
+    """A model whose second stack stores its states behind those of the first, with the same indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Model(layers_of()), Model(layers_of(WithOffset))
+
+    def forward(self, hidden_states: Tensor, cache: Any) -> Tensor:
+        after: Tensor = self.second(self.first(hidden_states, cache), cache)
+        return after
 
 
 class Model(nn.Module):
@@ -96,13 +113,14 @@ def fixed(value: float) -> nn.Parameter:
     return nn.Parameter(torch.full((2,), float(value)), requires_grad=False)
 
 
-def run(model: Any, compare_results: bool = True) -> LeftOut:
+def run(model: Any) -> LeftOut:
     left_out = LeftOut()
     left_out.leave_out_of(model)
-    cache: list[Any] = [Place() for _ in range(NUM_LAYERS)]
-    left_out.begin_pass(compare_results)
-    model(torch.ones(1, 2, 3), cache)
-    left_out.end_pass(cache)
+    for compare_results in (True, False):
+        cache: list[Any] = [Place() for _ in range(2 * NUM_LAYERS)]
+        left_out.begin_pass(compare_results)
+        model(torch.ones(1, 2, 3), cache)
+        left_out.end_pass(cache)
     return left_out
 
 
@@ -145,18 +163,19 @@ def test_layers_of_another_stack_that_no_pass_reaches_stand_for_nothing() -> Non
     assert left_out.stand_ins == {2: 0, 3: 1}
 
 
-NOTICED: dict[str, Callable[[], Model]] = {
+NOTICED: dict[str, Callable[[], nn.Module]] = {
     "other arguments": lambda: Model(layers_of(), shifts=[0, 1, 0, 1]),
     "other tensors as arguments": lambda: Model(layers_of(), [torch.full((3,), i % 2) for i in range(NUM_LAYERS)]),
     "a computation by index": lambda: Model(layers_of(ByIndex)),
     "other states by index": lambda: Model(layers_of(StoringByIndex)),
     "states in another place": lambda: Model(layers_of(Elsewhere)),
     "layers that run twice": lambda: Model(layers_of(), loops=2),
+    "stacks with the same indices": TwoStacks,
 }
 
 
 @pytest.mark.parametrize("make", NOTICED.values(), ids=NOTICED)
-def test_a_pass_notices_layers_that_are_not_alike(make: Callable[[], Model]) -> None:
+def test_a_pass_notices_layers_that_are_not_alike(make: Callable[[], nn.Module]) -> None:
     assert run(make()).differ
 
 
@@ -205,9 +224,13 @@ class ByOrderModel(LlamaForCausalLM):
             layer.self_attn.__class__ = ByOrderAttention
 
 
-def test_what_is_too_little_to_see_in_one_layer_is_seen_in_all() -> None:
+def test_few_layers_are_judged_more_strictly_than_all_and_all_count_in_doubt() -> None:
     config = ByOrderConfig(num_hidden_layers=12, hidden_size=64, num_attention_heads=4)
-    assert derive_positions(config, range(12)).needs_temporal_order
+    few, _ = shown_by_twin(config, every_layer=False)
+    every, _ = shown_by_twin(config, every_layer=True)
+    assert few["needs_temporal_order"]
+    assert not every["needs_temporal_order"]
+    assert not derive_positions(config, range(12)).needs_temporal_order
 
 
 # Layers of several kinds, in an order that tells a wrong stand-in apart.

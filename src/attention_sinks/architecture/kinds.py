@@ -32,6 +32,7 @@ class LeftOut:
         self.stand_ins: dict[int, int] = {}
         self.differ = False
         self._compares_results = False
+        self._stored: set[int] = set()  # the layers of the cache that the pass which compared results stored keys in
         # The calls of the current pass, by the layer that stands for others: that of the model, also in its copies.
         self._calls: dict[nn.Module, _Call] = {}
 
@@ -54,11 +55,14 @@ class LeftOut:
 
     def end_pass(self, cached: list[Any]) -> None:
         """Check what a pass stored in the layers `cached` of its cache."""
-        for i, first in self.stand_ins.items():
-            if self._compares_results:
+        stored = {i for i, layer in enumerate(cached) if getattr(layer, "keys", None) is not None}
+        if self._compares_results:
+            self._stored = stored
+            for i, first in self.stand_ins.items():
                 self.differ |= not _same([type(cached[i]), vars(cached[i])], [type(cached[first]), vars(cached[first])])
-            else:  # a layer with another index may have written there
-                self.differ |= getattr(cached[i], "keys", None) is not None
+        elif self.layers:  # a layer may store its states elsewhere than its index says
+            left_out = {i for i, first in self.stand_ins.items() if first in stored}
+            self.differ |= not stored.isdisjoint(left_out) or stored | left_out != self._stored
 
     def for_all(self, by_layer: dict[int, T]) -> dict[int, T]:
         """Return what was measured by layer, also for the layers that are left out."""

@@ -187,28 +187,39 @@ def build_twin(
     """
     config = resize(shrink(config))
     model_class = find_model_class(config)
-    # Weights that learn are drawn below: those of a layer that is left out are never written, and take no memory.
-    with OwnRandomness(draws_weights=False):
+
+    def build() -> PreTrainedModel:
         model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
-    if not hasattr(model.get_input_embeddings(), "weight"):
-        raise TypeError("a token is more than one id")  # that of CSM is one of each of its codebooks
+        if not hasattr(model.get_input_embeddings(), "weight"):
+            raise TypeError("a token is more than one id")  # that of CSM is one of each of its codebooks
+        return model
+
     left_out = LeftOut()
-    if not every_layer:
-        left_out.leave_out_of(model)
-    num_weights = sum(weight.numel() for weight in model.parameters())
-    if num_weights > MAX_TWIN_WEIGHTS:
-        raise ValueError(f"the twin would have {num_weights / 1e6:,.0f} million weights")
-    with OwnRandomness():
-        for weight in model.parameters():
+    if every_layer:
+        with OwnRandomness(), torch.device("meta"):
+            _check_size(build())
+    # The weights of layers that are left out are never written, and so take no memory.
+    with OwnRandomness(draws_weights=every_layer):
+        model = build()
+        if not every_layer:
+            left_out.leave_out_of(model)
+            _check_size(model)
+        for weight in model.parameters():  # by `data`, which is no weight that is left undrawn
             if not weight.requires_grad:  # a table of fixed sines and cosines
                 continue
             # Vectors too, among them the weights of norms. A norm after the rotation commutes with it only if all its
             # weights are equal: that is so in a fresh model, but not in a trained one.
             if weight.ndim == 1:
-                weight.uniform_(0.5, 1.5)
+                weight.data.uniform_(0.5, 1.5)
             else:
-                weight.normal_(std=weight.shape[-1] ** -0.5)
+                weight.data.normal_(std=weight.shape[-1] ** -0.5)
     return Twin(model.eval(), left_out)
+
+
+def _check_size(model: PreTrainedModel) -> None:
+    num_weights = sum(weight.numel() for weight in model.parameters())
+    if num_weights > MAX_TWIN_WEIGHTS:
+        raise ValueError(f"the twin would have {num_weights / 1e6:,.0f} million weights")
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
