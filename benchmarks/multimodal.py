@@ -259,6 +259,7 @@ def _prompts(model: Any, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
     given = forms[-1]
     length = 6
     features = torch.randn(length, width, generator=generator)
+    pooled: Any
     for pooled in ((features,), features[None], features):
         for owner in owners:
             output = BaseModelOutputWithPooling(last_hidden_state=features[None], pooler_output=pooled)

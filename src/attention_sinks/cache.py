@@ -167,8 +167,10 @@ class SinkCache(StreamCache):
         """Return the positions of text that follows, as the model needs them, shaped `[rows, n]` like `like`."""
         seen, coordinates, positions = self.get_seq_length(), self.coordinates, self.token_positions
         if coordinates is not None:
-            return coordinates.before(seen).text(like.shape[1]).to(like.device)
-        return positions.position_ids(positions.true_positions(seen, like))
+            return coordinates.before(seen).text(self._stream.layout, like.shape[1]).to(like.device)
+        rows = like[: positions.num_rows or None]  # beams repeat the rows of a prompt that the cache knows
+        text = positions.position_ids(positions.true_positions(seen, rows))
+        return text.repeat_interleave(len(like) // len(rows), dim=0)
 
     @property
     def position_offsets(self) -> int | Tensor:

@@ -158,12 +158,14 @@ def test_text_after_images_may_be_read_in_chunks(name: str) -> None:
     assert (one_by_one - in_chunks).abs().max() <= TOLERANCE * one_by_one.abs().max()
 
 
+@pytest.mark.parametrize("taken_back", [0, 3, W - S], ids=["full", "with a gap", "sinks alone"])
 @pytest.mark.parametrize("change", ["rebase", "compact", "save", "deepcopy", "rows"])
-def test_what_changes_a_stream_between_passes_keeps_its_positions(change: str, tmp_path: Any) -> None:
-    model, inputs, more = grid_model("qwen2_vl"), prompt(5, picture(2, 3), 4), prompt(30, seed=3)["input_ids"]
+def test_what_changes_a_stream_between_passes_keeps_its_positions(change: str, taken_back: int, tmp_path: Any) -> None:
+    model, inputs, more = grid_model("qwen2_vl"), prompt(5, picture(2, 3), 4), prompt(15, seed=3)["input_ids"]
     caches = [SinkCache(model.config.text_config, W, S) for _ in range(2)]
     for cache in caches:
-        answer(model, cache, inputs, 3)
+        answer(model, cache, inputs, 6)
+        cache.crop(-taken_back)
     other = caches[1]
     if change == "save":
         other.save(tmp_path / "stream")
@@ -176,10 +178,87 @@ def test_what_changes_a_stream_between_passes_keeps_its_positions(change: str, t
     else:
         getattr(other, change)()
     plain, changed = (
-        torch.cat([logits_of(each) for each in sink_prefill(model, more, cache, 3)]) for cache in (caches[0], other)
+        torch.cat([logits_of(each) for n in (1, 3) for each in sink_prefill(model, more, cache, n)], dim=1)
+        for cache in (caches[0], other)
     )
     assert (plain - changed).abs().max() <= TOLERANCE * plain.abs().max()
     assert (change in ("rebase", "compact")) != torch.equal(plain, changed)
+
+
+def stream_with_an_image(*parts: Any) -> tuple[Any, SinkCache]:
+    model = grid_model("qwen2_vl")
+    cache = SinkCache(model.config.text_config, W, S)
+    answer(model, cache, prompt(*parts), 2)
+    return model, cache
+
+
+@pytest.mark.parametrize("length", range(S + 1))
+def test_a_compacted_stream_may_be_cropped_to_its_sinks(length: int) -> None:
+    model, cache = stream_with_an_image(5, picture(2, 3), 6)
+    cache.compact()
+    cache.crop(length - W)
+    first, more = prompt(5)["input_ids"][:, :length], prompt(9, seed=3)["input_ids"]
+    new = SinkCache(model.config.text_config, W, S)
+    for _ in sink_prefill(model, first, new):
+        pass
+    (cropped,), (short,) = (sink_prefill(model, more, each, 9) for each in (cache, new))
+    assert (logits_of(cropped) - logits_of(short)).abs().max() <= TOLERANCE * logits_of(short).abs().max()
+
+
+def test_images_may_follow_text_that_was_rebased_soon_after_the_window() -> None:
+    model, text, inputs = grid_model("qwen2_vl"), prompt(W + 1)["input_ids"], prompt(3, picture(2, 3), 5, seed=1)
+    inputs["attention_mask"] = torch.ones(1, W + 1 + inputs["input_ids"].shape[1], dtype=torch.long)
+    caches = [SinkCache(model.config.text_config, W, S) for _ in range(2)]
+    for cache in caches:
+        for _ in sink_prefill(model, text, cache):
+            pass
+    caches[1].rebase()
+    plain, rebased = (torch.stack(answer(model, cache, inputs).logits) for cache in caches)
+    assert (plain - rebased).abs().max() <= TOLERANCE * plain.abs().max()
+
+
+def test_rebased_sinks_alone_are_followed_at_once() -> None:
+    _, cache = stream_with_an_image(5, picture(2, 3), 8)
+    cache.crop(S - W)
+    cache.rebase()
+    assert cache.text_positions(torch.empty(1, 2)).tolist() == [[S, S + 1]]
+
+
+def test_a_stream_that_was_taken_back_may_be_rebased() -> None:
+    _, cache = stream_with_an_image(2, picture(2, 3), 2)
+    left = cache.positions_left()
+    cache.crop(-1)
+    assert cache.positions_left() == left + 1
+    cache.crop(-cache.get_seq_length())
+    for _ in range(2):
+        cache.rebase()
+    assert cache.text_positions(torch.empty(1, 2)).tolist() == [[0, 1]]
+
+
+def test_text_begins_behind_the_pads_that_a_crop_leaves_to_come() -> None:
+    model, row = grid_model("qwen2_vl"), padded(prompt(2, picture(2, 3), 2), 6)
+    cache = SinkCache(model.config.text_config, 32, S)
+    answer(model, cache, row, 2)
+    cache.crop(4 - cache.get_seq_length())
+    assert cache.text_positions(torch.empty(1, 5)).tolist() == [[0, 0, 0, 1, 2]]
+
+
+def test_text_goes_on_where_it_did_after_a_long_video() -> None:
+    cache = SinkCache(grid_model("qwen2_vl").config.text_config, 32, S)
+    answer(grid_model("qwen2_vl"), cache, prompt(4, picture(1, 1, frames=8), 6), 2)
+    cache.crop(13 - cache.get_seq_length())  # four words, the start of the video and its frames are left
+    assert cache.text_positions(torch.empty(1, 2)).tolist() == [[6, 7]]
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["images", "text"])
+def test_beams_of_padded_rows_are_those_of_the_row_alone(image: bool) -> None:
+    model, inner = grid_model("qwen2_vl"), [picture(2, 3)] * image
+    rows = [prompt(3, *inner, 2), prompt(6, *inner, 2, seed=1)]
+    batch = {key: torch.cat([padded(rows[0], 3)[key], rows[1][key]]) for key in rows[0]}
+    beams: dict[str, Any] = {"window_length": W, "num_sink_tokens": S, "max_new_tokens": 12, "num_beams": 3}
+    together = sink_generate(model, **batch, **beams)
+    for each, row in zip(together, rows, strict=True):
+        assert torch.equal(each[-12:], sink_generate(model, **row, **beams)[0, -12:])
 
 
 @pytest.mark.skipif(not RECORDS_PAST, reason="prompt lookup of early transformers 5 needs an end-of-sequence token")

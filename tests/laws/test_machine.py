@@ -1,9 +1,10 @@
 """Any sequence of calls leaves a `SinkCache` in the state that the contract demands.
 
 Caches are tested as databases are: random calls, compared with a model of the contract in plain Python (`Stream`). The
-model remembers the word and the position of every token ever fed. It knows which tokens a query sees, that attention
-sees them as contiguous, and what may be refused. It knows neither slots nor rotations. States are looked up by word and
-position in tables with a rotation formula of their own, so that no language model runs.
+model remembers the word and the position of every token ever fed: a token count, or what an image has. It knows which
+tokens a query sees, that attention sees them as contiguous, and what may be refused. It knows neither slots nor
+rotations. States are looked up by word and position in tables with a rotation formula of their own, so that no language
+model runs.
 
 A failure prints the shortest sequence of calls that shows it, and how to run just this sequence again.
 """
@@ -64,19 +65,29 @@ class Branch:
     # States that an update returned under autograd, which nothing may overwrite, and copies of them.
     given: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def update(self, query_length: int, mode: str = "no_grad", windowed: bool = False, repeats: int = 1) -> None:
+    def update(
+        self,
+        query_length: int,
+        mode: str = "no_grad",
+        windowed: bool = False,
+        repeats: int = 1,
+        images: bool = False,
+    ) -> None:
         """Run the part of a forward pass that concerns the cache, and check what its queries see.
 
         `repeats`: how many rows beside each other get the same tokens, as beams get a prompt.
         """
         cache, stream, layers = self.cache, self.stream, self.stream.model.layers
-        chunk = stream.new_tokens(query_length, self.source)
+        chunk = stream.new_tokens(query_length, self.source, images)
         chunk = [[*chunk[i - i % repeats]] for i in range(len(chunk))]
+        positions = stream.positions_of_images(chunk)
         self.check_sizes(query_length, windowed)
         kv_lengths = [stream.announced(layer, query_length, windowed)[0] for layer in layers]
         views = stream.feed(chunk, windowed)
         modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
-        windows = inside.windowed_chunk(cache, query_length) if windowed else self.lowered(query_length)
+        windows = self.announcing(query_length, positions)
+        if windowed:
+            windows = inside.windowed_chunk(cache, query_length, positions)
         with modes[mode](), windows as visible:
             returned = [self.update_layer(i, *tensors_of(chunk), grad=mode == "grad") for i in range(len(layers))]
         assert all(torch.equal(states, before) for states, before in self.given), "overwritten before backward"
@@ -125,9 +136,10 @@ class Branch:
             if view is not None and layer.is_ring:
                 assert {*view.words[row][view.is_token[row]].tolist()} <= {tokens[i].word for i in numbers if i >= 0}
 
-    def lowered(self, query_length: int) -> contextlib.AbstractContextManager[Any]:
-        is_rebased = self.stream.is_rebased
-        return inside.rebased_positions(self.cache, query_length) if is_rebased else contextlib.nullcontext()
+    def announcing(self, query_length: int, positions: Tensor | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Announce a pass where its positions are not those that `generate` would give."""
+        is_announced = self.stream.is_announced or positions is not None
+        return inside.announced(self.cache, query_length, positions) if is_announced else contextlib.nullcontext()
 
     def update_layer(self, i: int, words: Tensor, positions: Tensor, grad: bool = False) -> Any:
         """Do what the attention of a layer does with the cache; return keys, values and keys of the indexer."""
@@ -246,7 +258,7 @@ class Branch:
             if layer.keys is not None:
                 # The model does not size a mask with windows, and its own sliding window does not matter for it.
                 sizes_of = inside.windowed_sizes if windowed else SinkCache.get_mask_sizes
-                with contextlib.nullcontext() if windowed else self.lowered(query_length):
+                with contextlib.nullcontext() if windowed else self.announcing(query_length):
                     sizes = sizes_of(self.cache, query_length, i)
                 assert sizes == self.stream.announced(layer, query_length, windowed)
 
@@ -266,9 +278,11 @@ class Branch:
                 indices = cache.token_indices(i)
                 self.check_columns(kind, indices, layer.keys, layer.values)
                 assert (indices >= 0).sum(dim=1).tolist() == [len(row.held) for row in stream.rows]
-        offsets = inside.position_offsets(cache)
-        expected = stream.offsets() if stream.is_initialized else [0] * len(stream.rows)
-        assert offsets * (len(expected) // len(offsets)) == expected
+        assert cache.text_positions(torch.empty(len(stream.rows), 3)).tolist() == stream.text_positions(3)
+        if not stream.holds_images:  # then positions are not behind token counts by one number
+            offsets = inside.position_offsets(cache)
+            expected = stream.offsets() if stream.is_initialized else [0] * len(stream.rows)
+            assert offsets * (len(expected) // len(offsets)) == expected
         for query_length in (3, 1):
             cache.drop_plan()  # a single token after a mask for three would look as if a model had dropped the cache
             if not self.stream.hides_sinks(query_length):
@@ -289,6 +303,9 @@ class Branch:
 
 
 chunk_lengths = st.integers(1, 9)
+
+
+with_images = st.sampled_from([False, True, True, True])
 
 
 paddings = st.integers(1, 3).map(lambda rows: [0] * rows) | st.lists(st.integers(0, 12), min_size=1, max_size=3)
@@ -347,10 +364,10 @@ class SinkCacheMachine(RuleBasedStateMachine):
 
     def interrupt(self, reached: int) -> None:
         tokens = torch.ones(len(self.stream.rows), 1, dtype=torch.long)
-        with self.branch.lowered(1), torch.no_grad():
+        with self.branch.announcing(1), torch.no_grad():
             for i in range(reached):
                 self.branch.update_layer(i, tokens, tokens)
-        with self.branch.lowered(1), torch.no_grad(), pytest.raises(RuntimeError, match="interrupted"):
+        with self.branch.announcing(1), torch.no_grad(), pytest.raises(RuntimeError, match="interrupted"):
             self.branch.update_layer(0, tokens, tokens)
         with pytest.raises(RuntimeError, match="interrupted"):
             self.cache.reorder_cache(torch.tensor([0]))
@@ -373,33 +390,40 @@ class SinkCacheMachine(RuleBasedStateMachine):
         for _ in range(self.room(count)):
             self.update(1, mode)
 
-    @rule(query_length=chunk_lengths, mode=st.sampled_from(["no_grad", "inference", "grad"]), windowed=st.booleans())
-    def read(self, query_length: int, mode: str, windowed: bool) -> None:
-        self.update(self.room(query_length), mode, windowed and self.stream.model.can_window)
+    @rule(
+        query_length=chunk_lengths,
+        mode=st.sampled_from(["no_grad", "inference", "grad"]),
+        windowed=st.booleans(),
+        images=with_images,
+    )
+    def read(self, query_length: int, mode: str, windowed: bool, images: bool) -> None:
+        self.update(self.room(query_length), mode, windowed and self.stream.model.can_window, images=images)
 
     @precondition(lambda self: self.stream.seen == 0)
-    @rule(query_length=st.integers(10, LONGEST_CHUNK))
-    def read_long_prompt(self, query_length: int) -> None:
-        self.update(query_length, "no_grad")
+    @rule(query_length=st.integers(10, LONGEST_CHUNK), images=with_images)
+    def read_long_prompt(self, query_length: int, images: bool) -> None:
+        self.update(query_length, "no_grad", images=images)
 
-    def update(self, query_length: int, mode: str, windowed: bool = False, repeats: int = 1) -> None:
+    def update(
+        self, query_length: int, mode: str, windowed: bool = False, repeats: int = 1, images: bool = False
+    ) -> None:
         if query_length < 1:
             return
         if mode == "inference" and self.stream.model.has_linear_layers:
             mode = "no_grad"  # layers of transformers could not be written to later
         windowed &= not self.stream.has_gap  # single tokens must fill it first
         if self.stream.hides_sinks(query_length) and not windowed:
-            with pytest.raises(ValueError, match="would hide the sinks"), self.branch.lowered(query_length):
+            with pytest.raises(ValueError, match="would hide the sinks"), self.branch.announcing(query_length):
                 self.cache.get_mask_sizes(query_length, 0)
         else:
-            self.branch.update(query_length, mode, windowed, repeats)
+            self.branch.update(query_length, mode, windowed, repeats, images and self.stream.model.has_images)
 
     @precondition(lambda self: not self.stream.is_initialized and self.stream.is_padded)
-    @rule(repeats=st.integers(2, 3), query_length=chunk_lengths)
-    def read_repeated(self, repeats: int, query_length: int) -> None:
+    @rule(repeats=st.integers(2, 3), query_length=chunk_lengths, images=with_images)
+    def read_repeated(self, repeats: int, query_length: int, images: bool) -> None:
         """Beams repeat the rows of the first prompt without a call of the cache."""
         self.stream.choose([row for row in range(len(self.stream.rows)) for _ in range(repeats)])
-        self.update(query_length, "no_grad", repeats=repeats)
+        self.update(query_length, "no_grad", repeats=repeats, images=images)
 
     # --- taking tokens back
 
@@ -537,21 +561,21 @@ class SinkCacheMachine(RuleBasedStateMachine):
             "other length": lambda: (keys, values.repeat(1, 1, 2, 1)),
         }[wrong]()
         length = keys.shape[2]
-        with self.branch.lowered(length), torch.no_grad(), pytest.raises(ValueError, match="_states` must"):
+        with self.branch.announcing(length), torch.no_grad(), pytest.raises(ValueError, match="_states` must"):
             self.cache.update(keys, values, 0)
         self.branch.check_unchanged()
 
-    @precondition(lambda self: self.stream.is_rebased and self.offset > 0 and not self.stream.model.has_linear_layers)
+    @precondition(lambda self: self.generate_would_be_wrong and not self.stream.model.has_linear_layers)
     @rule(query_length=st.integers(1, 3))
-    def refuse_positions_that_were_not_lowered(self, query_length: int) -> None:
+    def refuse_positions_that_generate_counts(self, query_length: int) -> None:
         tokens = torch.zeros(len(self.stream.rows), query_length, dtype=torch.long)
         with torch.no_grad(), pytest.raises(ValueError, match="Continue it with `sink_generate`"):
             self.branch.update_layer(0, tokens, tokens)
         self.branch.check_unchanged()
 
     @property
-    def offset(self) -> int:
-        return max(self.stream.offsets())
+    def generate_would_be_wrong(self) -> bool:
+        return self.stream.holds_images or (self.stream.is_rebased and max(self.stream.offsets()) > 0)
 
     @precondition(lambda self: not self.stream.is_initialized and not self.stream.is_padded)
     @rule()

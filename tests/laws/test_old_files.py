@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from attention_sinks import SinkCache
 
-from ..support.inside import IndexedSinkLayer, position_offset_of, rebased_positions
+from ..support.inside import IndexedSinkLayer, announced, position_offset_of
 from ..support.models import LATER, build_config
 
 DATA = Path(__file__).parents[1] / "data"
@@ -43,7 +43,7 @@ def read(cache: SinkCache, config: PreTrainedConfig, lengths: list[int], rows: i
     returned = []
     for length in lengths:
         seed = cache.get_seq_length() + position_offset_of(cache)
-        with rebased_positions(cache, length):
+        with announced(cache, length):
             for i, layer in enumerate(cache.layers):
                 if hasattr(layer, "conv_states"):
                     returned.append(cache.update_conv_state(numbers(rows, 4, length, seed=seed), i, conv_kernel_size=3))

@@ -23,6 +23,10 @@ PAD = 0
 LONGEST_CHUNK = 30
 
 
+# Sinks act before position 0 if recent tokens of their image stand before them.
+LOWEST_POSITION = -LONGEST_CHUNK
+
+
 CONV_KERNEL_SIZE = 4
 
 
@@ -43,12 +47,13 @@ class States(NamedTuple):
     def at(self, words: Tensor, positions: Tensor) -> Tensor:
         """States `[batch_size, num_heads, length, dim]` in float64 for words and positions `[batch_size, length]`."""
         by_word = table(self)
-        return by_word[words, positions if self.rope is not None else torch.zeros_like(positions)].transpose(1, 2)
+        places = positions - LOWEST_POSITION if self.rope is not None else torch.zeros_like(positions)
+        return by_word[words, places].transpose(1, 2)
 
 
 @cache
 def table(states: States) -> Tensor:
-    """All states, `[WORDS, POSITIONS, num_heads, dim]`; one position is enough for states without rotation."""
+    """All states, `[WORDS, positions, num_heads, dim]`; one position is enough for states without rotation."""
     generator = torch.Generator().manual_seed(states.seed)
     unrotated = torch.randn(WORDS, 1, states.num_heads, states.dim, generator=generator, dtype=torch.float64)
     if states.rope is None:
@@ -56,13 +61,13 @@ def table(states: States) -> Tensor:
     dim, interleaved, theta = states.rope
     # Frequencies are rounded as models round them.
     frequencies = (1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)).double()
-    angles = torch.arange(POSITIONS)[:, None, None] * frequencies
+    angles = torch.arange(LOWEST_POSITION, POSITIONS)[:, None, None] * frequencies
     rotating = unrotated[..., :dim]
     pairs = rotating.unflatten(-1, (-1, 2)) if interleaved else rotating.unflatten(-1, (2, -1)).transpose(-1, -2)
     rotation = torch.complex(angles.cos(), angles.sin())
     rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation)
     rotated = rotated if interleaved else rotated.transpose(-1, -2)
-    return torch.cat([rotated.flatten(-2), unrotated[..., dim:].expand(-1, POSITIONS, -1, -1)], dim=-1)
+    return torch.cat([rotated.flatten(-2), unrotated[..., dim:].expand(-1, len(angles), -1, -1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Model:
     sliding_window: float = math.inf
     # True if attention counts tokens instead of positions, and always needs them in order.
     in_order: bool = False
+    # True if the model gives images positions that are no token counts.
+    has_images: bool = False
 
     @property
     def can_rebase(self) -> bool:
@@ -136,6 +143,9 @@ def build_models() -> dict[str, Model]:
     rope = Rope(16)
     models = {
         "llama": Model(build_config("llama", num_hidden_layers=2), [attention(0, rope), attention(1, rope)]),
+        "images": Model(
+            build_config("llama", num_hidden_layers=2), [attention(0, rope), attention(1, rope)], has_images=True
+        ),
         "sliding before rings": Model(
             build_config(
                 "qwen2", num_hidden_layers=3, use_sliding_window=True, sliding_window=5,
@@ -207,22 +217,49 @@ class Token(NamedTuple):
     exact: bool = True
 
 
-class View:
-    """The words that a query sees and their positions, `[batch_size, kv_length]`; empty places come first."""
+def image(length: int, source: random.Random) -> list[int]:
+    """The positions of an image, counted from where it begins: fewer than tokens, in any order, and repeated.
 
-    def __init__(self, tokens: list[list[Token]], ends: list[int], kv_length: int) -> None:
-        def filled(numbers: Callable[[int, list[Token]], list[int]]) -> Tensor:
-            rows = [numbers(row, seen) for row, seen in enumerate(tokens)]
+    The last token is the furthest, as on a grid: text goes on behind it.
+    """
+    if length == 0:
+        return []
+    size = source.randint(1, length)
+    return [*source.choices(range(size), k=length - 1), size - 1]
+
+
+class View:
+    """The words that a query sees and their positions, `[batch_size, kv_length]`; empty places come first.
+
+    Args:
+        tokens: what the query of each row sees.
+        shifts: by how many positions the sinks of each row act further on than they were fed.
+        num_sink_tokens: how many of the tokens are sinks.
+        kv_length: the number of places.
+    """
+
+    def __init__(self, tokens: list[list[Token]], shifts: list[int], num_sink_tokens: int, kv_length: int) -> None:
+        def filled(number: Callable[[Token, int, int], int]) -> Tensor:
+            rows = [
+                [number(token, shift, 0) for token in seen[:num_sink_tokens]]
+                + [number(token, 0, shift) for token in seen[num_sink_tokens:]]
+                for seen, shift in zip(tokens, shifts, strict=True)
+            ]
             return torch.tensor([[0] * (kv_length - len(row)) + row for row in rows], dtype=torch.long)
 
-        self.words = filled(lambda _, seen: [token.word for token in seen])
-        # Attention sees the tokens as contiguous, up to the query itself.
-        self.positions = filled(lambda row, seen: [*range(ends[row] + 1 - len(seen), ends[row] + 1)])
-        self.in_cache = filled(lambda _, seen: [*range(len(seen))])
-        self.is_token = filled(lambda _, seen: [1] * len(seen)).bool()
-        fed = filled(lambda _, seen: [token.position if token.exact else -1 for token in seen])
+        self.words = filled(lambda token, up, down: token.word)
+        # Attention sees sinks and recent tokens as contiguous: the sinks act where they touch the recent ones, ...
+        self.positions = filled(lambda token, up, down: token.position + up)
+        # ... as if these had been moved back to the sinks.
+        self.in_cache = filled(lambda token, up, down: token.position - down)
+        self.is_token = filled(lambda token, up, down: 1).bool()
         # A state that is not rotated is bitwise the one that was fed.
-        self.is_exact = self.is_token & (fed == self.positions)
+        self.is_exact = filled(lambda token, up, down: token.exact and up == 0).bool()
+
+
+def position_after(tokens: list[Token]) -> int:
+    """Where text goes on: behind the last token, but not before the first position."""
+    return 0 if not tokens or tokens[-1].is_pad else max(tokens[-1].position + 1, 0)
 
 
 @dataclass
@@ -232,10 +269,10 @@ class Row:
     Args:
         pads: the number of pads that it begins with.
         fed: every column ever fed, pads included.
-        counted: the same, as far as the cache counts them; compacting drops what was evicted.
+        counted: the same, as far as the cache counts them; compacting drops what was evicted. They stand where a rebase
+            has moved them.
         held: the tokens that a ring holds.
         recorded: the tokens of the last update, while it can be taken back completely.
-        position: the position of the next token, as the model gets it.
     """
 
     pads: int = 0
@@ -243,7 +280,11 @@ class Row:
     counted: list[Token] = field(default_factory=list)
     held: list[Token] = field(default_factory=list)
     recorded: list[Token] = field(default_factory=list)
-    position: int = 0
+
+    @property
+    def position(self) -> int:
+        """The position of text that follows, as the model gets it."""
+        return position_after(self.counted)
 
 
 @dataclass
@@ -267,6 +308,8 @@ class Stream:
     is_recording: bool = False
     is_rebased: bool = False
     num_rebases: int = 0
+    # True once a token stood at a position that is no token count.
+    holds_images: bool = False
 
     def evicted(self, tokens: list[Token], length: int) -> list[Token]:
         surplus = max(len(tokens) - length, 0)
@@ -304,21 +347,52 @@ class Stream:
         columns = torch.arange(self.seen - length, self.seen)
         return columns >= torch.tensor([[row.pads] for row in self.rows])
 
-    def new_tokens(self, query_length: int, source: random.Random) -> list[list[Token]]:
-        """Choose the next columns of each row: words that no query sees yet, or pads."""
+    @property
+    def is_announced(self) -> bool:
+        """True if the cache must be told of each pass, whose positions `generate` does not know."""
+        return self.is_rebased or self.holds_images
+
+    def text_positions(self, query_length: int) -> list[list[int]]:
+        """The positions of the next columns of each row if they are text; pads stand where the text begins."""
+        numbers = range(self.seen, self.seen + query_length)
+        return [[row.position + max(i - max(row.pads, self.seen), 0) for i in numbers] for row in self.rows]
+
+    def new_tokens(self, query_length: int, source: random.Random, images: bool = False) -> list[list[Token]]:
+        """Choose the next columns of each row: words that no query sees yet, or pads.
+
+        If there are `images`, some words of each row are one, and what follows goes on behind it.
+        """
         chunk = []
         for row in self.rows:
             pads = max(min(row.pads - self.seen, query_length), 0)
             recent = {token.word for token in row.fed[-LONGEST_CHUNK // 2 :] + row.held + row.recorded}
             words = source.sample([word for word in range(1, WORDS) if word not in recent], query_length - pads)
-            tokens = [Token(word, row.position + i) for i, word in enumerate(words)]
+            places = [*range(len(words))]
+            if images:
+                first = source.randint(0, min(len(words), 2))  # soon, so that sinks are often of an image
+                end = source.randint(max(first, len(words) - 4), len(words))
+                grid = [first + place for place in image(end - first, source)]
+                behind = max(grid, default=first - 1) + 1
+                places = [*range(first), *grid, *range(behind, behind + len(words) - end)]
+            tokens = [Token(word, row.position + place) for word, place in zip(words, places, strict=True)]
             chunk.append([Token(PAD, 0, is_pad=True)] * pads + tokens)
         return chunk
+
+    def positions_of_images(self, chunk: list[list[Token]]) -> Tensor | None:
+        """The positions of a chunk and of what follows, `[1, batch_size, query_length + 1]`; None if all is text."""
+        if all(
+            token.is_pad or token.position == position
+            for new, positions in zip(chunk, self.text_positions(len(chunk[0])), strict=True)
+            for token, position in zip(new, positions, strict=True)
+        ):
+            return None
+        return torch.tensor([[[token.position for token in new] + [position_after(new)] for new in chunk]])
 
     def feed(self, chunk: list[list[Token]], windowed: bool) -> list[View]:
         """Add a chunk; return what its last query sees, or what each query sees in a windowed chunk."""
         query_length = len(chunk[0])
         kv_length = min(self.kept_length, self.window_length - 1) + query_length
+        self.holds_images |= self.positions_of_images(chunk) is not None
         self.store_recorded()
         if windowed:
             views = [self._view([new[: i + 1] for new in chunk], 1, None) for i in range(query_length)]
@@ -329,7 +403,6 @@ class Stream:
             row.fed += new
             row.counted += new
             row.recorded = tokens
-            row.position += len(tokens)
         self.seen += query_length
         self.recorded = query_length
         self.is_initialized = True
@@ -343,15 +416,32 @@ class Stream:
 
     def _view(self, chunk: list[list[Token]], query_length: int, kv_length: int | None) -> View:
         """What the last query of a chunk sees if the first of `query_length` queries sees exactly its window."""
-        tokens, ends = [], []
+        tokens, shifts = [], []
         for row, new in zip(self.rows, chunk, strict=True):
             before, queries = row.held + new[:-query_length], new[-query_length:]
             past = self.evicted([token for token in before if not token.is_pad], self.window_length - 1)
             tokens.append(past + [token for token in queries if not token.is_pad])
-            ends.append(row.position + sum(not token.is_pad for token in new) - 1)
             if queries[-1].is_pad:
                 tokens[-1] = []  # nothing is promised for a pad
-        return View(tokens, ends, max(map(len, tokens)) if kv_length is None else kv_length)
+            shifts.append(self.shift(row, tokens[-1], len(new)))
+        kv_length = max(map(len, tokens)) if kv_length is None else kv_length
+        view = View(tokens, shifts, self.num_sink_tokens, kv_length)
+        if not self.holds_images:  # text has the positions 0, 1, ... in the cache
+            assert torch.equal(view.in_cache, (view.is_token.cumsum(dim=1) - 1).clamp(min=0))
+        return view
+
+    def shift(self, row: Row, tokens: list[Token], num_new: int = 0) -> int:
+        """By how many positions the sinks of a row act further on than they were fed.
+
+        That closes the gap between the sinks and the recent ones of the `tokens` that are kept, or text that follows,
+        once something was evicted. For text it is the number of evicted tokens.
+        """
+        num_fed = max(self.seen + num_new - row.pads, 0)
+        if len(tokens) == num_fed:
+            return 0
+        sinks, recent = tokens[: self.num_sink_tokens], tokens[self.num_sink_tokens :]
+        first = min((token.position for token in recent), default=row.position)
+        return first - max((token.position + 1 for token in sinks), default=0)
 
     def store_recorded(self) -> None:
         for row in self.rows:
@@ -394,7 +484,6 @@ class Stream:
             del tokens[len(tokens) - taken :]
             row.held = self.evicted(tokens, self.window_length)
             row.recorded = []
-            row.position -= taken
             del row.fed[len(row.fed) - removed :]
             del row.counted[len(row.counted) - removed :]
         self.held = min(self.held - from_held + accepted, self.window_length)
@@ -408,8 +497,11 @@ class Stream:
     def rebase(self) -> None:
         self.store_recorded()
         for row in self.rows:
-            row.held = [Token(token.word, place, exact=False) for place, token in enumerate(row.held)]
-            row.position = len(row.held)
+            shift = self.shift(row, row.held)
+            for tokens in (row.held, row.counted):
+                moved = [token for token in tokens if not token.is_pad][self.num_sink_tokens :]
+                tokens[len(tokens) - len(moved) :] = [each._replace(position=each.position - shift) for each in moved]
+            row.held = [token._replace(exact=False) for token in row.held]
         self.is_rebased = True
         self.num_rebases += 1
 

@@ -174,9 +174,11 @@ def position_offsets(cache: SinkCache) -> list[int]:
     return offsets.tolist() if isinstance(offsets, Tensor) else [offsets]
 
 
-def rebased_positions(cache: SinkCache, query_length: int) -> contextlib.AbstractContextManager[Any]:
-    """Inside, the caller gives the next pass positions that are lower by `position_offsets`."""
-    return cache.announced(query_length)
+def announced(
+    cache: SinkCache, query_length: int, positions: Tensor | None = None
+) -> contextlib.AbstractContextManager[Any]:
+    """Inside, the caller gives the next pass positions as the cache counts them, or these, see `SinkCache.announce`."""
+    return cache.announced(query_length, positions=positions)
 
 
 def set_position_limit(cache: SinkCache, limit: int) -> None:
@@ -225,9 +227,9 @@ def windowed_sizes(cache: SinkCache, query_length: int, layer_idx: int = 0) -> t
 
 
 @contextlib.contextmanager
-def windowed_chunk(cache: SinkCache, query_length: int) -> Iterator[Mask]:
+def windowed_chunk(cache: SinkCache, query_length: int, positions: Tensor | None = None) -> Iterator[Mask]:
     """Inside, the layers take one chunk for which each query has its own window; yields the mask function for it."""
-    with cache.announced(query_length, windowed=True) as plan:
+    with cache.announced(query_length, windowed=True, positions=positions) as plan:
         assert isinstance(plan, WindowedPlan)
         yield plan.visible(torch.device("cpu"))
 

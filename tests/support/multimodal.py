@@ -33,7 +33,7 @@ _IMAGE = {"image_token_id": MEDIA, "image_token_index": MEDIA, "tie_word_embeddi
 _AUDIO = {"audio_token_id": MEDIA, "audio_token_index": MEDIA, "tie_word_embeddings": False}
 _SQUARE = {"pixel_values": (1, 3, 16, 16)}
 # By name: the class of the model, its config, how many tokens an image or a sound makes, and the shapes of the inputs.
-_KINDS: dict[str, tuple[str, dict[str, Any], int, dict[str, tuple[int, ...]]]] = {
+_KINDS: dict[str, tuple[str, dict[str, Any], int, Any]] = {
     "gemma3": (
         "Gemma3ForConditionalGeneration",
         {

@@ -31,7 +31,7 @@ def read(model: Any, cache: Any, ids: Tensor) -> Tensor:
     if isinstance(cache, SinkCache):
         padding, offset, seen = inside.left_padding(cache), inside.position_offset_of(cache), cache.get_seq_length()
         columns = torch.arange(seen + ids.shape[1])
-        rebased = inside.rebased_positions(cache, ids.shape[1])
+        rebased = inside.announced(cache, ids.shape[1])
         if padding is not None:
             more["attention_mask"] = (columns >= padding[:, None]).long()
             more["position_ids"] = (columns - padding[:, None]).clamp(min=0)[:, seen:]

@@ -1,6 +1,5 @@
 """What changes a stream between two forward passes: taken back tokens, other rows, other positions."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,7 +145,7 @@ def rebase(stream: Stream) -> int:
     if coordinates is None:
         positions = positions.rebased(num_evicted)
     else:
-        coordinates = coordinates.before(stream.first.seen).lowered(shift.flatten())
+        coordinates = coordinates.lowered(shift.flatten())
     stream.set_positions(positions, coordinates)
     return num_evicted
 
@@ -154,10 +153,11 @@ def rebase(stream: Stream) -> int:
 def compact(stream: Stream) -> None:
     """Restart positions at the kept tokens, see `SinkCache.compact`."""
     num_evicted = rebase(stream)
-    plan = UpdatePlan(stream.layout, stream.first.seen, 0, stream.first.num_evicted)
+    seen, coordinates = stream.first.seen, stream.coordinates
+    plan = UpdatePlan(stream.layout, seen, 0, stream.first.num_evicted, coordinates=coordinates)
     for layer in stream.sink_layers():
         layer.move_kept_to_front(plan)
     for layer in stream.sink_layers():
         layer.drop_evicted_from_count(num_evicted)
-    coordinates = stream.coordinates and replace(stream.coordinates, end=stream.coordinates.end - num_evicted)
+    coordinates = coordinates and coordinates.compacted(stream.layout, num_evicted)
     stream.set_positions(stream.layout.positions.compacted(num_evicted), coordinates)

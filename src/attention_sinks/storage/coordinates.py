@@ -43,12 +43,17 @@ class Coordinates:
         if seen == 0:
             return before
         text = positions.true_positions(start, torch.empty(batch_size, seen + 1 - start))
-        return before.followed_by(layout, positions.position_ids(text)[None])
+        # A position offset is that of recent tokens: sinks stay where they were fed.
+        return replace(before.followed_by(layout, positions.position_ids(text)[None]), end_of_sinks=end_of_sinks)
 
-    def text(self, query_length: int) -> Tensor:
-        """Return the positions of text that follows, `[batch_size, query_length]`."""
+    def text(self, layout: Layout, query_length: int) -> Tensor:
+        """Return the positions of text that follows, `[batch_size, query_length]`; it begins behind pads to come."""
         start = self.following[:, -1:] if self.following.shape[1] > 0 else self.following.new_zeros(len(self.low), 1)
-        return start + torch.arange(query_length)
+        numbers = torch.arange(query_length)
+        if self.end < layout.positions.max_padding:
+            num_pads = (layout.positions.padding_of(len(self.low))[:, None] - self.end).clamp(min=0)
+            numbers = (numbers - num_pads).clamp(min=0)
+        return start + numbers
 
     def before(self, end: int) -> "Coordinates":
         """Return the coordinates of the first `end` columns; later ones were taken back."""
@@ -71,6 +76,9 @@ class Coordinates:
         source = padding + torch.arange(layout.num_sink_tokens) - self.end
         is_new = (source >= 0) & (source < query_length)
         end_of_sinks = torch.where(is_new, after.gather(1, source.clamp(0, query_length - 1)), self.end_of_sinks)
+        if len(positions) > 1:  # the last token of a long video stands further than the text behind it
+            on_grid = lowest != largest
+            after = torch.where(on_grid[:, :-1] & ~on_grid[:, 1:], largest[:, 1:], after)
         after[:, -1] = largest[:, -1]
         known = slice(max(self.low.shape[1] - layout.window_length, 0), None)
         return Coordinates(
@@ -93,14 +101,24 @@ class Coordinates:
         first = torch.maximum(num_evicted, padding) + layout.num_sink_tokens
         is_recent = (columns >= first[..., None]) & (columns < ends[:, None])
         lowest = self.low[:, None].masked_fill(~is_recent, _NEVER).amin(dim=2)
+        # Without recent tokens, which a crop took back, the next one will be the first.
+        lowest = lowest.where(lowest < _NEVER, self.following[:, ends - 1 - columns[0]])
         end_of_sinks = self.end_of_sinks.amax(dim=1)[:, None] if layout.num_sink_tokens > 0 else 0
-        has_gap = (num_evicted > padding) & (lowest < _NEVER)
-        return (lowest - end_of_sinks).where(has_gap, 0)
+        return (lowest - end_of_sinks).where(num_evicted > padding, 0)
 
     def lowered(self, shift: Tensor) -> "Coordinates":
         """Return the coordinates once recent tokens were moved back by `shift` `[batch_size]`; the sinks stay."""
         low = (self.low - shift[:, None]).where(self.low < _NEVER, _NEVER)
         return replace(self, low=low, following=(self.following - shift[:, None]).clamp(min=0))
+
+    def compacted(self, layout: Layout, num_evicted: int) -> "Coordinates":
+        """Return the coordinates once evicted columns are not counted: the sinks take the last ones of these."""
+        first = num_evicted - (self.end - self.low.shape[1])
+        low, following = self.low[:, first:], self.following[:, first:].clone()
+        has_evicted = num_evicted > layout.positions.padding_of(len(low))[:, None]
+        sinks = following[:, : layout.num_sink_tokens]
+        sinks.copy_(self.end_of_sinks[:, : sinks.shape[1]].where(has_evicted, sinks))
+        return Coordinates(low, following, self.end_of_sinks, self.end - num_evicted)
 
     def select_rows(self, index: Tensor) -> "Coordinates":
         """Return the coordinates of the rows at `index`."""
@@ -125,5 +143,5 @@ def coordinates_after(
         known = Coordinates.of_text(layout, seen, positions.shape[1])
     known = known.before(seen)
     if positions is None:
-        positions = known.text(query_length + 1)[None]
+        positions = known.text(layout, query_length + 1)[None]
     return known.followed_by(layout, positions)

@@ -358,7 +358,7 @@ class Stream:
             steps = self._static.steps_announced + 1  # one may have been announced but not yet run
             seen = self.first.seen + steps if self.groups.is_stale else self.first.get_seq_length()
         if self.coordinates is not None:
-            return self.spec.positions.limit - int(self.coordinates.text(1).max())
+            return self.spec.positions.limit - int(self.coordinates.before(seen).text(self.layout, 1).max())
         # The row with the fewest pads is the furthest.
         offset, least = self.layout.positions.offset, self.layout.positions.min_padding
         return self.spec.positions.limit - (seen - least - max(offset - least, 0))
