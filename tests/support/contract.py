@@ -258,8 +258,8 @@ class View:
 
 
 def position_after(tokens: list[Token]) -> int:
-    """Where text goes on: behind the last token, but not before the first position."""
-    return 0 if not tokens or tokens[-1].is_pad else max(tokens[-1].position + 1, 0)
+    """Where text goes on: behind the last token."""
+    return 0 if not tokens or tokens[-1].is_pad else tokens[-1].position + 1
 
 
 @dataclass
@@ -500,7 +500,9 @@ class Stream:
             shift = self.shift(row, row.held)
             for tokens in (row.held, row.counted):
                 moved = [token for token in tokens if not token.is_pad][self.num_sink_tokens :]
-                tokens[len(tokens) - len(moved) :] = [each._replace(position=each.position - shift) for each in moved]
+                # Text never goes on before position 0, even if it follows an evicted token of an image after a crop.
+                moved = [each._replace(position=max(each.position - shift, -1)) for each in moved]
+                tokens[len(tokens) - len(moved) :] = moved
             row.held = [token._replace(exact=False) for token in row.held]
         self.is_rebased = True
         self.num_rebases += 1
