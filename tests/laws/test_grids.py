@@ -22,6 +22,7 @@ from ..support.grids import (
     picture,
     prompt,
 )
+from ..support.inside import announced
 from ..support.models import CACHE, build_config
 from ..support.versions import RECORDS_PAST
 
@@ -233,6 +234,20 @@ def test_a_stream_that_was_taken_back_may_be_rebased() -> None:
     for _ in range(2):
         cache.rebase()
     assert cache.text_positions(torch.empty(1, 2)).tolist() == [[0, 1]]
+
+
+@pytest.mark.skipif(not RECORDS_PAST, reason="early transformers 5 does not record the past")
+def test_all_that_a_window_without_sinks_holds_may_be_taken_back() -> None:
+    model = grid_model("qwen2_vl")
+    cache = SinkCache(model.config.text_config, W, 0)
+    answer(model, cache, prompt(5, picture(2, 3), W), 2)
+    before = cache.text_positions(torch.empty(1, 1))
+    cache.activate_past_recording()  # type: ignore[no-untyped-call]
+    with announced(cache, 3), torch.no_grad():
+        positions = cache.text_positions(torch.empty(1, 3)).expand(3, -1, -1)
+        model(prompt(3)["input_ids"], **{CACHE: cache}, position_ids=positions)
+    cache.crop(-3 - W)
+    assert torch.equal(cache.text_positions(torch.empty(1, 1)), before - W)
 
 
 def test_text_begins_behind_the_pads_that_a_crop_leaves_to_come() -> None:

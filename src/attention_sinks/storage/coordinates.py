@@ -36,7 +36,7 @@ class Coordinates:
     @staticmethod
     def of_text(layout: Layout, seen: int, batch_size: int) -> "Coordinates":
         """Return the coordinates of a stream of `seen` tokens that are all text."""
-        positions, start = layout.positions, max(seen - layout.window_length, 0)
+        positions, start = layout.positions, max(seen - layout.window_length - 1, 0)
         nothing = torch.empty(batch_size, 0, dtype=torch.long)
         end_of_sinks = torch.arange(1, layout.num_sink_tokens + 1).expand(batch_size, -1)
         before = Coordinates(nothing, nothing, end_of_sinks, start)
@@ -80,7 +80,8 @@ class Coordinates:
             on_grid = lowest != largest
             after = torch.where(on_grid[:, :-1] & ~on_grid[:, 1:], largest[:, 1:], after)
         after[:, -1] = largest[:, -1]
-        known = slice(max(self.low.shape[1] - layout.window_length, 0), None)
+        # One more than the window: text goes on behind it if all that a window without sinks holds is taken back.
+        known = slice(max(self.low.shape[1] - layout.window_length - 1, 0), None)
         return Coordinates(
             torch.cat([self.low[:, known], low], dim=1),
             torch.cat([self.following[:, known], after], dim=1),
