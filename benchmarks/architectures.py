@@ -220,6 +220,8 @@ def tiny_models(
 def build(config: Any, auto: Any) -> Any:
     """Return a random model with sharp attention, so that a wrong position changes the logits."""
     model_class = auto._model_mapping[type(config)]
+    if type(config).sub_configs.get("text_config") is model_class.config_class:  # as `from_config` does (Emu3)
+        config = config.get_text_config()
     with torch.device("meta"):
         size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
     if size > LARGEST_MODEL:
