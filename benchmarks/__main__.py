@@ -35,7 +35,7 @@ def plans(quick: bool, environments: Path | None) -> dict[str, Callable[[], sect
             "session": lambda: sections.session_cost(tiny, 8),
             "stream": lambda: sections.stream(tiny, (0, 100, 300), 64, environments),
             "memory": lambda: sections.memory(Setting(SMOLLM2_135M, (256,), rounds=1)),
-            "construct": lambda: construct.construct(["Mistral 7B v0.1"], rounds=1),
+            "construct": lambda: construct.construct(["Mistral 7B v0.1"], rounds=2),
         }
     update = Setting({}, (1024, 4096, 16384, 65536), rounds=20)
     decode = Setting(SMOLLM2_135M, (256, 1024, 4096, 16384), rounds=60)

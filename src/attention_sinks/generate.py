@@ -23,6 +23,7 @@ from .prefill import (
     check_model,
     check_readable,
     default_chunk_size,
+    first_position,
     last_logits_only,
     read_in_chunks,
     takes_positions,
@@ -276,7 +277,8 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
         text: the prompt, if it has token ids.
         grids: the positions of what is new of the prompt, if they are not those of text, see `grid_positions`.
     """
-    name, asks_mask, can_lower = cache_name(), asks_for_masks(model), functools.cache(takes_positions)
+    name, asks_mask = cache_name(), asks_for_masks(model)
+    can_lower, first_of = functools.cache(takes_positions), functools.cache(first_position)
     has_grids, start = rope_index_of(model) is not None, cache.get_seq_length()
 
     def prepared(prepare: Replacement, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -321,8 +323,8 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
             text_positions = cache.text_positions(new).expand(3, -1, -1)
             inputs["position_ids"] = text_positions if positions is None else positions[:, :, :-1]
         else:
-            counted = kwargs.get("position_ids")
-            _lower_positions(cache, inputs, counted, seen, new, can_lower(generating), is_checked)
+            first = first_of(generating) if is_checked else None
+            _lower_positions(cache, inputs, seen, new, can_lower(generating), first)
         mask = inputs.get("attention_mask")
         cache.watch.announce(new.shape[1], asks_mask and (mask is None or getattr(mask, "ndim", 0) == 2))
         return inputs  # type: ignore[no-any-return]
@@ -331,25 +333,24 @@ def _passes_prepared(model: Any, cache: SinkCache, text: Text | None, grids: Ten
 
 
 def _lower_positions(
-    cache: SinkCache, inputs: dict[str, Any], counted: Any, seen: int, new: Tensor, can_lower: bool, is_checked: bool
+    cache: SinkCache, inputs: dict[str, Any], seen: int, new: Tensor, can_lower: bool, first: int | None
 ) -> None:
     """Give the model the positions of `new` tokens after `seen` ones as the cache counts them.
 
-    `counted`: the positions of the text so far as `generate` counts them, before the model makes its own of them.
+    `first`: the position that the model gives the first token of a text; None to check nothing.
 
     Raises:
         RuntimeError: if `generate` counts otherwise, or the model takes no positions that must be lowered.
     """
     positions, ours = inputs.get("position_ids"), cache.token_positions
     # Positions in several dimensions are those of a model with images.
-    if is_checked and positions is not None and positions.ndim == 2:
+    if first is not None and positions is not None and positions.ndim == 2:
         # Beams repeat the rows of the prompt before the cache knows of it. The last token is never a pad.
         num_rows = len(positions)
         known_rows = ours.num_rows or num_rows
         last = ours.true_positions(seen + new.shape[1] - 1, positions[:known_rows, :1])
         last = last.repeat_interleave(num_rows // known_rows, dim=0)
-        counted = positions if counted is None or counted.ndim != 2 else counted
-        if positions.shape[1] != new.shape[1] or not torch.equal(counted[:, -1:], last):
+        if positions.shape[1] != new.shape[1] or not torch.equal(positions[:, -1:], last + first):
             raise DriftError(
                 f"`generate` gives {new.shape[1]} tokens after {seen} the positions {positions.tolist()!s:.80}"
             )

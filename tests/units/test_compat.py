@@ -74,9 +74,9 @@ def drops_hook_and_cache(self: Any, inputs: Any = None, **kwargs: Any) -> Any:
     return token
 
 
-def counts_positions_from_one(self: Any, *args: Any, **kwargs: Any) -> Any:
+def counts_every_position_twice(self: Any, *args: Any, **kwargs: Any) -> Any:
     inputs = LlamaForCausalLM.prepare_inputs_for_generation(self, *args, **kwargs)
-    return {**inputs, "position_ids": inputs["position_ids"] + 1}
+    return {**inputs, "position_ids": inputs["position_ids"] * 2}
 
 
 def gives_all_tokens_again(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def by_session(model: Any) -> None:
 GENERATE = [by_sink_generate, by_sink_generate_in_chunks, by_session]
 ALL = [*GENERATE, by_sink_prefill]
 DRIFTS: list[tuple[str, Any, list[Any], str]] = [
-    ("prepare_inputs_for_generation", counts_positions_from_one, GENERATE, "the positions"),
+    ("prepare_inputs_for_generation", counts_every_position_twice, GENERATE, "the positions"),
     (
         "prepare_inputs_for_generation",
         gives_all_tokens_again,
