@@ -78,7 +78,7 @@ class SinkCache(StreamCache):
         if has_grid_positions(config):
             warnings.warn(
                 f"Plain `generate` tells a cache nothing of the positions that a {config.model_type!r} model gives to "
-                "images and videos: with these, call `sink_generate` (or `sink_prefill`, `SinkSession`). Text alone is "
+                "images and videos: with these, call `sink_generate`, or use a `SinkSession`. Text alone is "
                 "exact either way. A cache of `model.config.get_text_config()` is the same without this warning.",
                 stacklevel=2,
             )

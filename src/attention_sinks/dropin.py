@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import GenerationMixin, PreTrainedModel
 
+from .architecture.settings import own_text_config
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES
 from .generate import sink_generate
@@ -60,7 +61,7 @@ def enable_attention_sinks(
             "`sink_generate`, or `del model.generate` before."
         )
     # Refuses what no call could do.
-    SinkCache(inner.config.get_text_config(decoder=True), window_length, num_sink_tokens)
+    SinkCache(own_text_config(inner.config), window_length, num_sink_tokens)
     window = {"window_length": window_length, "num_sink_tokens": num_sink_tokens}
     with _lock:
         _enabled[inner] = (*_enabled.get(inner, ()), window)

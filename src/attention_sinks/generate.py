@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
+from .architecture.settings import own_text_config
 from .architecture.spec import check_int
 from .cache import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, SinkCache
 from .compat import CACHE_NAMES, CheckedStreamer, DriftError, cache_name, chosen_cache
@@ -87,7 +88,7 @@ def sink_generate(
     if ids is not None and not is_started:
         attention_mask = mask_of_first(ids, attention_mask, settings, continued)
     if continued is None:
-        cache = SinkCache(inner.config.get_text_config(decoder=True), window_length, num_sink_tokens)
+        cache = SinkCache(own_text_config(inner.config), window_length, num_sink_tokens)
     else:
         cache = continued
         _check_continued(cache, window_length, num_sink_tokens)

@@ -37,6 +37,7 @@ def grid_positions(model: Any, cache: SinkCache, text: Text, arguments: dict[str
         those of another stream. The last position is that of text that would follow.
 
     Raises:
+        ValueError: if the types of tokens are missing that tell images from text.
         NotImplementedError: naming the argument, for a model that must be given positions by the cache.
     """
     rope_index = rope_index_of(model)
@@ -46,8 +47,13 @@ def grid_positions(model: Any, cache: SinkCache, text: Text, arguments: dict[str
     given = {name: arguments[name] for name in taken if arguments.get(name) is not None}
     token_types = given.get("mm_token_type_ids")
     grids = sorted(given.keys() - _NOT_GRIDS)
-    if not grids or ("mm_token_type_ids" in taken and token_types is None):
+    if not grids:
         return None
+    if token_types is None and "mm_token_type_ids" in taken:
+        raise ValueError(
+            f"`mm_token_type_ids` must be given with `{grids[0]}`: by them the model finds images among the tokens. A "
+            "processor returns them with `return_mm_token_type_ids=True`."
+        )
     if cache.needs_temporal_order:
         raise NotImplementedError(
             f"`{grids[0]}` is not supported with this {model.config.model_type!r} model: its indexer pools the keys of "

@@ -1,6 +1,5 @@
 """`guidance_scale`: `generate` reads a second stream, without the prompt, which gets a window of its own."""
 
-import copy
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from .cache import SinkCache
 from .compat import CACHE_NAMES
 from .inputs import check_token_ids, check_vocabulary
 from .models import Replacement, view_of
-from .prefill import asks_for_masks, run_pass
+from .prefill import asks_for_masks, first_position, run_pass
 from .prompt import GenerationSettings
 
 
@@ -32,13 +31,13 @@ def guided(
     """
     if settings["guidance_scale"] in (None, 1):
         return None
-    view, second = view_of(model), copy.deepcopy(cache)
+    view, second = view_of(model), cache.fork()
     second.reset()
     prompt = input_ids if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
     num_rows = settings.num_repeats * (1 if prompt is None else len(prompt))
     ids, mask = (arguments.get(name) for name in ("negative_prompt_ids", "negative_prompt_attention_mask"))
     _announce_negative_prompt(view, second, num_rows, ids, mask)
-    asks_mask = asks_for_masks(view)
+    asks_mask, first = asks_for_masks(view), first_position(view)
 
     def forward(called: Any, *args: Any, **kwargs: Any) -> Any:
         given = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), cache)
@@ -46,7 +45,7 @@ def guided(
             return called(*args, **kwargs)
         (input_ids,) = args
         second.make_room(input_ids.shape[1])
-        return run_pass(view, input_ids, second, asks_mask, windowed=False, model_kwargs={})
+        return run_pass(view, input_ids, second, asks_mask, first, windowed=False, model_kwargs={})
 
     return forward
 

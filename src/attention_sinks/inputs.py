@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-# Tensors that a text model or `generate` takes. What else holds numbers brings images or sound, by whatever name.
+# Tensors that a text model or `generate` takes. Any other one brings images or sound.
 _OF_TEXT = {
     "attention_mask", "cache_position", "input_ids", "inputs_embeds", "labels", "logits_to_keep",
     "negative_prompt_attention_mask", "negative_prompt_ids", "position_ids",
 }  # fmt: skip
+_SETTINGS = GenerationConfig()  # some of which may be tensors
 # Arguments of a model that a call sets itself or that have no meaning in it, and what to do instead.
 _LEFT_OUT = {
     "adapter_names": "activate the adapter with `model.set_adapter(name)`, and call once for each",
@@ -146,7 +147,8 @@ def not_text(arguments: dict[str, Any]) -> str | None:
 
     Processors give types of tokens (`token_type_ids`, `mm_token_type_ids`) for text too: there all are zero.
     """
-    return next((name for name, value in arguments.items() if name not in _OF_TEXT and _brings(name, value)), None)
+    others = (name for name in arguments if name not in _OF_TEXT and not hasattr(_SETTINGS, name))
+    return next((name for name in others if _brings(name, arguments[name])), None)
 
 
 def _brings(name: str, value: Any) -> bool:

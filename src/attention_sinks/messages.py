@@ -219,7 +219,7 @@ class MessageWriter:
         device = torch.device("cpu") if model.device.type == "meta" else model.device
         output = {name: _moved(value, device, model.dtype) for name, value in output.items()}
         of_tokens = {name: output.pop(name)[:, len(start) :] for name in _OF_TOKENS if name in output}
-        del of_tokens["attention_mask"]
+        of_tokens.pop("attention_mask", None)
         return of_tokens.pop("input_ids")[0].tolist(), of_tokens, output
 
 

@@ -30,6 +30,8 @@ _READ_ALONE: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "disable_compile": True,
+    "guidance_scale": 1,
+    "stop_strings": None,
 }
 
 

@@ -89,18 +89,24 @@ def read_in_chunks(
     if cache.can_rebase:
         # Once positions are rebased, the window and a chunk must fit below their end.
         chunk_size = min(chunk_size, cache.position_limit - cache.window_length)
-    asks_mask, windowed = asks_for_masks(model), can_window(model, cache)
+    asks_mask, first, windowed = asks_for_masks(model), first_position(model), can_window(model, cache)
     while input_ids.shape[1] > 0:
         cache.make_room(min(chunk_size, input_ids.shape[1]))
         # After a crop single tokens fill the window again.
         is_full = cache.kept_length == min(cache.get_seq_length(), cache.window_length)
         chunk, input_ids = input_ids.tensor_split([chunk_size if is_full else 1], dim=1)
         has_own_mask = windowed and (chunk.shape[1] > 1 or cache.token_positions.num_rows > 0)
-        yield run_pass(model, chunk, cache, asks_mask, has_own_mask, model_kwargs)
+        yield run_pass(model, chunk, cache, asks_mask, first, has_own_mask, model_kwargs)
 
 
 def run_pass(
-    model: Any, input_ids: Tensor, cache: SinkCache, asks_mask: bool, windowed: bool, model_kwargs: dict[str, Any]
+    model: Any,
+    input_ids: Tensor,
+    cache: SinkCache,
+    asks_mask: bool,
+    first: int,
+    windowed: bool,
+    model_kwargs: dict[str, Any],
 ) -> Any:
     """Return the output of a model for its next tokens `[batch_size, query_length]`, with positions from the cache.
 
@@ -108,6 +114,7 @@ def run_pass(
         model: a view of the model, see `view_of`.
         input_ids, cache, model_kwargs: see `sink_prefill`.
         asks_mask: True if the model asks the cache for the sizes of a mask that it makes itself.
+        first: the position of the first token of a text, see `first_position`.
         windowed: let each token see exactly its own window.
     """
     if model.device.type != "meta":  # offloaded weights are on no device; accelerate moves inputs to where they are
@@ -118,7 +125,7 @@ def run_pass(
     if takes_positions(model):
         text = cache.text_positions(input_ids)
         has_grids = rope_index_of(model) is not None
-        arguments["position_ids"] = text.expand(3, -1, -1) if has_grids else text + first_position(model)
+        arguments["position_ids"] = text.expand(3, -1, -1) if has_grids else text + first
     elif positions.offset > 0:
         raise DriftError("the model takes no `position_ids`, by which positions are lowered")
     with cache.watch.watching(), cache.announced(query_length, windowed) as plan:

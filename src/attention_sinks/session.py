@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import files
+from .architecture.settings import own_text_config
 from .cache import DEFAULT_NUM_SINK_TOKENS, SinkCache
 from .fields import NoneType, checked
 from .inputs import check_vocabulary
@@ -358,7 +359,7 @@ def _check_parts(model: Any, tokenizer: Any, system: str | None) -> tuple[PreTra
         _check_text("system", system)
     writer.template.check()
     writer.check(inner, "system", system, {})
-    return inner.config.get_text_config(decoder=True), writer
+    return own_text_config(inner.config), writer
 
 
 def _check_text(name: str, text: object) -> None:

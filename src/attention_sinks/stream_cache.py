@@ -47,7 +47,11 @@ class StreamCache(Cache):
         """
         stream = self._stream
         if layer_idx in stream.sink_indices:
-            return stream.update(layer_idx, key_states, value_states)
+            try:
+                return stream.update(layer_idx, key_states, value_states)
+            except ValueError:  # the pass was refused, and the next one is another
+                stream.drop_plan()
+                raise
         if layer_idx not in stream.layers_with["update"]:
             self._refuse_layer(layer_idx, key_states.shape[2])
         layer = self.layers[layer_idx]
@@ -96,8 +100,9 @@ class StreamCache(Cache):
 
     def _refuse_layer(self, layer_idx: int, query_length: int = 0) -> NoReturn:
         """Refuse the states of a layer that the cache does not have, for `query_length` tokens."""
-        if 0 < self._stream.first.get_seq_length() == query_length:  # layers before this one took the prompt already
-            self._stream.reset(self._stream.layout.positions)
+        stream = self._stream
+        if layer_idx >= min(stream.sink_indices) and 0 < stream.first.get_seq_length() == query_length:
+            stream.reset(stream.layout.positions)  # layers before this one took the prompt already
         raise layer_of_another_model(self.layers, layer_idx)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:

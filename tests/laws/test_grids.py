@@ -285,6 +285,15 @@ def test_candidates_of_prompt_lookup_are_taken_back() -> None:
     assert torch.equal(plain, looked_up)
 
 
+@pytest.mark.skipif(not RECORDS_PAST, reason="early transformers 5 finds images by their tokens")
+def test_images_among_tokens_of_no_type_are_refused() -> None:
+    model, inputs = grid_model("qwen2_vl"), prompt(6, picture(2, 3), 5)
+    cache = SinkCache(model.config.text_config, W, S)
+    with pytest.raises(ValueError, match="`mm_token_type_ids` must be given with `image_grid_thw`"):
+        answer(model, cache, {**inputs, "mm_token_type_ids": None}, 3)
+    assert cache.get_seq_length() == 0
+
+
 def test_plain_generate_does_not_continue_a_stream_with_images() -> None:
     model, inputs = grid_model("qwen2_vl"), prompt(6, picture(2, 3), 5)
     cache = SinkCache(model.config.text_config, W, S)

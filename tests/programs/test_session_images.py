@@ -226,10 +226,15 @@ def stream(num_frames: int, samples: int) -> None:
     assert session.tokens_seen > 6 * num_frames
 
 
+OF_FRAMES = pytest.mark.skipif("qwen2_5_vl" not in STARTS_AT_TEXT, reason="it moves images by the rate of frames")
+
+
+@OF_FRAMES
 def test_a_stream_of_frames_is_exact_and_does_not_grow() -> None:
     stream(60, samples=4)
 
 
+@OF_FRAMES
 @pytest.mark.slow
 def test_a_stream_of_2000_frames_is_exact_and_does_not_grow() -> None:
     stream(2000, samples=20)
@@ -376,6 +381,16 @@ def test_a_reader_that_leaves_ends_an_answer_to_images_as_any_other() -> None:
     answer.close()
     for each in (session, branch):
         "".join(each.chat("And?", images=[frame(1)], max_new_tokens=5))
+
+
+def test_what_the_model_generates_by_default_does_not_matter_to_images() -> None:
+    session = new("llava")
+    session.model.generation_config.update(stop_strings=["x"], guidance_scale=2.0)
+    try:
+        session.feed(images=[frame(0)])
+    finally:
+        session.model.generation_config.update(stop_strings=None, guidance_scale=None)
+    "".join(session.chat("And?", max_new_tokens=3))
 
 
 def test_a_long_text_before_images_is_read_in_chunks() -> None:

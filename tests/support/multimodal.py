@@ -7,6 +7,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from .versions import RECORDS_PAST
+
 MEDIA, START, END = 90, 92, 93
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 TEXT: dict[str, Any] = {
@@ -164,7 +166,8 @@ _KINDS: dict[str, tuple[str, dict[str, Any], int, Any]] = {
         {"pixel_values": (1, 1, 1, 3, 16, 16)},
     ),
 }
-MULTIMODAL = list(_KINDS)
+# Mllama of early transformers 5 needs a key for every token.
+MULTIMODAL = [name for name in _KINDS if name != "mllama" or RECORDS_PAST]
 
 
 @cache

@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, MambaConfig, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    MambaConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+)
 
-from attention_sinks import SinkCache, sink_generate, sink_prefill
+from attention_sinks import SinkCache, enable_attention_sinks, sink_generate, sink_prefill
 
 from ..support.models import CACHE, build_config, build_model, random_ids, tiny_model
 from ..support.states import CONFIG, states_of, update
@@ -116,6 +124,11 @@ def test_encoder_decoders_are_refused() -> None:
     config = T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=9)
     with pytest.raises(NotImplementedError, match=r"'t5'.*encoder-decoder"):
         sink_generate(T5ForConditionalGeneration(config), random_ids(5))
+    part = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    nested = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=part, decoder=part, vocab_size=9))
+    for call in (sink_generate, lambda model, ids: enable_attention_sinks(model)):
+        with pytest.raises(NotImplementedError, match=r"'t5gemma'.*encoder-decoder"):
+            call(nested, random_ids(5))
 
 
 def test_a_model_with_rounded_rotary_frequencies_is_refused() -> None:

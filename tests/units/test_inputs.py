@@ -51,6 +51,13 @@ def test_what_is_no_tensor_of_token_ids_is_refused(ids: Any, error: type[Excepti
         assert cache.get_seq_length() == seen
 
 
+def test_settings_may_be_tensors() -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    options = {**NEW_STREAM, "eos_token_id": torch.tensor([2]), "max_new_tokens": 5}
+    in_chunks, at_once = (sink_generate(model, IDS, prefill_chunk_size=size, **options) for size in (4, None))
+    assert torch.equal(in_chunks.sequences, at_once.sequences)  # type: ignore[union-attr]
+
+
 def test_ids_of_32_bits_are_ids() -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     texts: list[Any] = [sink_generate(model, ids, max_new_tokens=20, **NEW_STREAM) for ids in (IDS, IDS.int())]
@@ -206,6 +213,17 @@ def test_sizes_of_masks_may_be_asked_at_any_time(name: str) -> None:
                 cache.get_mask_sizes(new.shape[1], 0)
             logits = [model(new, **{CACHE: each}).logits for each in (cache, other)]
             assert torch.equal(*logits)
+
+
+def test_a_token_may_follow_a_chunk_that_was_refused() -> None:
+    model, ids = build_model(build_config("llama")), random_ids(12)
+    cache, other = SinkCache(model.config, W, S), SinkCache(model.config, W, S)
+    with torch.no_grad():
+        for each in (cache, other):
+            model(ids, **{CACHE: each})
+        with pytest.raises(ValueError, match="as only padding does"):
+            model(torch.zeros(1, 3, dtype=torch.long), position_ids=torch.tensor([[12, 12, 12]]), **{CACHE: cache})
+        assert torch.equal(*(model(ids[:, :1], **{CACHE: each}).logits for each in (cache, other)))
 
 
 def test_a_pass_that_was_interrupted_before_it_stored_anything_can_be_repeated() -> None:

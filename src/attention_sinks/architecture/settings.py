@@ -33,6 +33,11 @@ def check_config(saved: dict[str, Any], config: PreTrainedConfig, demand: str) -
             raise ValueError(f"{demand}: {name} was {saved[name]!r:.80}, got {ours[name]!r:.80}.")
 
 
+def own_text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the text model that a model generates with; an encoder-decoder's own, which is refused."""
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+
+
 def has_grid_positions(config: PreTrainedConfig) -> bool:
     """Return True if the model of a config gives images positions on a grid (M-RoPE), and not only its text model.
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -131,18 +131,15 @@ def _refuse_pads(token: int, is_first_prompt: bool) -> NoReturn:
     raise ValueError(f"`key_states` {where}, as only padding does. {remedy}")
 
 
-def check_new_tokens(
-    layer: Any, positions: TokenPositions, start: int, key_states: Tensor, value_states: Tensor
-) -> None:
-    """Check that the tokens that a rotating layer takes are new to the stream, and no pads, see `check_no_pads`.
+def check_not_read_again(sinks: Tensor, start: int, states: Tensor) -> None:
+    """Check that new tokens `[batch_size, num_heads, query_length, head_dim]` are not the first ones of the stream.
 
     At another position the states of a token differ. Equal ones were given the first positions again, which `generate`
     does to a whole text that is no longer than what was seen.
     """
-    check_no_pads(positions, start, key_states, value_states)
-    if start < 2 or key_states.shape[2] < 2 or getattr(layer, "num_sink_tokens", 0) < 2:
+    first, states = sinks[:, :, :2], states[:, :, :2]
+    if start < 2 or first.shape[2] < 2 or states.shape[2] < 2:
         return
-    first, states = layer.sinks[:, :, :2], layer.rotating(key_states, value_states)[:, :, :2]
     # Chunks of other lengths are rounded in other ways.
     near = torch.isclose(states.to(first.dtype), first, rtol=2 * torch.finfo(states.dtype).eps, atol=1e-6)
     is_text = (first[:, :, 0] != first[:, :, 1]).flatten(1).any(dim=1)

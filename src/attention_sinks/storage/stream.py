@@ -14,8 +14,9 @@ from .checks import (
     COARSE_POSITION,
     check_batch,
     check_limit,
-    check_new_tokens,
+    check_no_pads,
     check_not_exported,
+    check_not_read_again,
     check_rebased,
     check_states,
     check_window,
@@ -232,7 +233,9 @@ class Stream:
                 arguments = plan.query_length, plan.rebased, plan.all_slots, plan.coordinates
                 plan = self._plan = self._new_plan(self.first, 0, *arguments)
             if may_be_pads:
-                check_new_tokens(layer, self.layout.positions, plan.start, key_states, value_states)
+                check_no_pads(self.layout.positions, plan.start, key_states, value_states)
+                if isinstance(layer, SinkLayer) and not is_first:
+                    check_not_read_again(layer.sinks, plan.start, layer.rotating(key_states, value_states))
         except ValueError as error:
             # Layers before this one, or a convolution beside it, took the tokens already.
             if layer_idx != self.spec.text_layers[0] or isinstance(layer, LinearAttentionLayer):
@@ -349,8 +352,6 @@ class Stream:
         """Check that no pass and no change was interrupted or runs now; a RuntimeError says so."""
         self.sync()
         self._guard.check(self._damage)
-
-    # --- the end of the positions
 
     def positions_left(self, seen: int | None = None) -> int:
         """Return how many tokens can follow the `seen` ones, see `SinkCache.positions_left`."""
