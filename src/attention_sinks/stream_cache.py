@@ -64,6 +64,8 @@ class StreamCache(Cache):
         Raises:
             ValueError: for a chunk so long that the sliding window of the model would hide the sinks from its end, or
                 that crosses the last position at which the model behaves as at the start.
+            RuntimeError: once, for a single token after a chunk that no layer stored: a model that drops the cache (or
+                whoever asked only to know) looks like that.
         """
         stream = self._stream
         if layer_idx >= len(self.layers):
